@@ -1,0 +1,17 @@
+"""What happens around training.
+
+checkpoint.py   Checkpoint      last.ckpt and best.ckpt, written atomically
+ema.py          EMA             averages of networks, once an optimizer step
+monitors.py     Throughput      images per second
+pictures.py     AugmentedBatch  the batch as the network sees it
+record.py       RunRecord       resolved config and library versions beside a run
+seeding.py      StepSeed        one seed a step
+"""
+
+from callbacks.checkpoint import Checkpoint
+from callbacks.ema import EMA
+from callbacks.monitors import Throughput
+from callbacks.pictures import AugmentedBatch
+from callbacks.seeding import StepSeed
+
+__all__ = ["EMA", "AugmentedBatch", "Checkpoint", "StepSeed", "Throughput"]

@@ -1,0 +1,216 @@
+"""Checkpoints: what is on the disk can always be loaded, and loading runs no code.
+
+A run directory holds `checkpoints/last.ckpt`, from which the run goes on bit by bit as if it
+had not stopped, and `checkpoints/best.ckpt`, the best by the monitored metric.
+"""
+
+import os
+import pickle
+import zipfile
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint as CheckpointBase
+from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
+
+PRIMITIVES = (bool, int, float, str, bytes, type(None))
+
+
+def not_primitive(value: Any, path: str = "checkpoint") -> str | None:
+    """Where `value` holds something else than tensors, primitives and containers of them."""
+    if type(value) in PRIMITIVES or isinstance(value, Tensor):
+        return None
+    if type(value) in (dict, OrderedDict, defaultdict):
+        parts = [(f"{path}[{key!r}]", part) for key, part in value.items()]
+    elif type(value) in (list, tuple, set):
+        parts = [(f"{path}[{i}]", part) for i, part in enumerate(value)]
+    else:
+        return f"{path} is a {type(value).__module__}.{type(value).__qualname__}"
+    return next((found for name, part in parts if (found := not_primitive(part, name))), None)
+
+
+def primitive_hyper_parameters(given: dict[str, Any]) -> dict[str, Any]:
+    """Hyper-parameters as primitives; dataclasses as dicts, without what has no such form.
+
+    A method built by the command line has only primitives. One built in Python was given
+    modules, and whoever loads its checkpoint gives them again.
+    """
+    plain = {
+        name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+        for name, value in given.items()
+    }
+    return {name: value for name, value in plain.items() if not_primitive(value) is None}
+
+
+def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """Load a checkpoint of tensors and primitives; nothing in the file is run.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is truncated, no checkpoint, or holds pickled objects.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint at {path}")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(
+            f"refused {path}: it is truncated or not a checkpoint of torch.save; use an earlier "
+            f"checkpoint, or re-save an old-style file with a current torch"
+        )
+    try:
+        loaded = torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"refused {path}: it holds pickled Python objects, which could run code when loaded, "
+            f"and nothing of it was. Patchlight loads tensors and primitives only: have its "
+            f"author save a state dict. ({first_line(error)})"
+        ) from error
+    except (RuntimeError, EOFError, KeyError) as error:
+        raise ValueError(f"refused {path}: it is damaged ({first_line(error)})") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"refused {path}: expected a dict, found a {type(loaded).__name__}")
+    return loaded
+
+
+def first_line(error: Exception) -> str:
+    """What was wrong, without torch's advice on switching the check off."""
+    for line in str(error).splitlines():
+        if "Unsupported" in line or "GLOBAL" in line:
+            return line.strip().split(". ")[0]
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Writes a checkpoint beside its place, syncs it to the disk, then renames it."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        path = Path(path)
+        if "hyper_parameters" in checkpoint:
+            hparams = primitive_hyper_parameters(checkpoint["hyper_parameters"])
+            checkpoint = {**checkpoint, "hyper_parameters": hparams}
+        if (found := not_primitive(checkpoint)) is not None:
+            raise ValueError(f"{found}; a checkpoint holds tensors and primitives only")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            sync_directory(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def load_checkpoint(
+        self,
+        path: str | Path,
+        map_location: Callable[..., Any] | None = None,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        return read_checkpoint(path, map_location=map_location or "cpu")
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+def sync_directory(path: Path) -> None:
+    """Make a rename in `path` survive a power failure (a no-op on Windows)."""
+    if os.name == "posix":
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+class Checkpoint(CheckpointBase):
+    """Keeps `last.ckpt` current and `best.ckpt` the best.
+
+    `last` is written every `every_n_steps` optimizer steps, at the end of every epoch, and when
+    the run is told to stop (SIGTERM).
+
+    Args:
+        every_n_steps: optimizer steps from one `last.ckpt` to the next.
+        monitor: metric that `best.ckpt` is the best by; null for none.
+        mode: whether more ("max") or less ("min") of it is better.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 1000,
+        monitor: str | None = "val/accuracy",
+        mode: Literal["max", "min"] = "max",
+    ) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps is {every_n_steps}; expected at least 1")
+        self.every_n_steps, self.monitor, self.mode = every_n_steps, monitor, mode
+        self.best: float | None = None
+        self.best_step = 0
+        self.saved_step = -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        directory = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+        self.directory = Path(trainer.strategy.broadcast(str(directory)))
+
+    def save(self, trainer: Trainer, name: str) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        # Lightning's `weights_only` means "without the optimizer" here.
+        trainer.save_checkpoint(self.directory / name, weights_only=False)
+
+    def save_last(self, trainer: Trainer) -> None:
+        self.saved_step = trainer.global_step
+        self.save(trainer, "last.ckpt")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.saved_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        stepped = trainer.global_step > self.saved_step
+        due = trainer.global_step % self.every_n_steps == 0 or trainer.received_sigterm
+        if stepped and due and not trainer.fit_loop._should_accumulate():
+            self.save_last(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit" or self.monitor is None:
+            return
+        metrics = trainer.callback_metrics
+        if self.monitor not in metrics:
+            raise ValueError(
+                f"checkpoint.monitor is {self.monitor!r}, but validation logged "
+                f"{', '.join(sorted(metrics)) or 'nothing'}; name one of these, or null"
+            )
+        value = float(metrics[self.monitor])
+        if self.best is None or (value > self.best if self.mode == "max" else value < self.best):
+            self.best, self.best_step = value, trainer.global_step
+            self.save(trainer, "best.ckpt")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.save_last(trainer)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        # A signal that came after this step's hooks: the step is complete, so it can be kept.
+        if isinstance(exception, SIGTERMException) and trainer.global_step > self.saved_step:
+            try:
+                self.save_last(trainer)
+            except OSError as error:
+                rank_zero_warn(f"no checkpoint could be written on the way out: {error}")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "best_step": self.best_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best, self.best_step = state_dict["best"], state_dict["best_step"]

@@ -1,0 +1,173 @@
+"""`patchlight check-data DIR`: find what a run would stumble over, before it does."""
+
+import argparse
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.table import Table
+
+from datamodules.folder import Folder, decode
+from datamodules.sources import BadImageError, Split
+
+
+class Finding(NamedTuple):
+    """What is known of one image: its size, stored mode and bytes, or why it cannot be read."""
+
+    name: str
+    label: int
+    height: int = 0
+    width: int = 0
+    mode: str = ""
+    digest: bytes = b""
+    problem: str | None = None
+
+
+@dataclass
+class SplitReport:
+    """The images of one split.
+
+    problems: (path, reason) of images that cannot be read
+    """
+
+    class_names: tuple[str, ...]
+    skipped: int
+    labels: Counter[int] = field(default_factory=Counter)
+    modes: Counter[str] = field(default_factory=Counter)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    digests: dict[bytes, str] = field(default_factory=dict)
+    problems: list[tuple[str, str]] = field(default_factory=list)
+
+    def add(self, finding: Finding) -> None:
+        if finding.problem is not None:
+            self.problems.append((finding.name, finding.problem))
+            return
+        self.labels[finding.label] += 1
+        self.modes[finding.mode] += 1
+        self.sizes.append((finding.height, finding.width))
+        self.digests.setdefault(finding.digest, finding.name)
+
+
+def examine(folder: Folder, index: int) -> Finding:
+    """Decode one image completely."""
+    name = folder.describe(index)
+    row = int(folder.rows[index])
+    label = int(folder.ids[folder.index.groups[row]]) if folder.labelled else -1
+    try:
+        image = decode(Path(name), folder.channels)
+        with Image.open(name) as opened:
+            mode = opened.mode
+        digest = hashlib.blake2b(Path(name).read_bytes(), digest_size=16).digest()
+    except BadImageError as error:
+        return Finding(name, label, problem=error.reason)
+    except OSError as error:
+        return Finding(name, label, problem=str(error))
+    return Finding(name, label, image.shape[0], image.shape[1], mode, digest)
+
+
+def check_folder(root: str, workers: int | None = None) -> dict[Split, SplitReport]:
+    """Decode every image below `root`, as source `folder` would see it, in both splits."""
+    reports: dict[Split, SplitReport] = {}
+    folders: dict[Split, Folder] = {
+        "train": Folder("train", root, 3),
+        "val": Folder("val", root, 3),
+    }
+    total = sum(len(folder) for folder in folders.values())
+    columns = ("decoding", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with (
+        Progress(*columns, console=console, transient=True) as progress,
+        ProcessPoolExecutor(workers or os.cpu_count()) as pool,
+    ):
+        task = progress.add_task("", total=total)
+        for split, folder in folders.items():
+            report = SplitReport(tuple(folder.class_names), folder.index.skipped)
+            look = partial(examine, folder)
+            for finding in pool.map(look, range(len(folder)), chunksize=16):
+                report.add(finding)
+                progress.advance(task)
+            reports[split] = report
+    return reports
+
+
+def describe_sizes(sizes: list[tuple[int, int]]) -> str:
+    if not sizes:
+        return "-"
+    heights, widths = np.array(sizes).T
+    return (
+        f"{widths.min()}x{heights.min()} to {widths.max()}x{heights.max()}, "
+        f"median {int(np.median(widths))}x{int(np.median(heights))}"
+    )
+
+
+def describe_classes(report: SplitReport) -> str:
+    if not report.class_names:
+        return "no labels"
+    counts = [report.labels[i] for i in range(len(report.class_names))]
+    few = min(range(len(counts)), key=counts.__getitem__)
+    return (
+        f"{len(counts)}, {counts[few]:,} ({report.class_names[few]}) to {max(counts):,} images each"
+    )
+
+
+def show(reports: dict[Split, SplitReport], console: Console) -> None:
+    table = Table("", *reports, title="images that can be read")
+    rows = {
+        "images": [f"{sum(r.labels.values()):,}" for r in reports.values()],
+        "classes": [describe_classes(r) for r in reports.values()],
+        "width x height": [describe_sizes(r.sizes) for r in reports.values()],
+        "stored as": [
+            ", ".join(f"{mode} {count:,}" for mode, count in r.modes.most_common())
+            for r in reports.values()
+        ],
+        "unreadable": [f"{len(r.problems):,}" for r in reports.values()],
+        "other files": [f"{r.skipped:,}" for r in reports.values()],
+    }
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
+    console.print(table)
+    for report in reports.values():
+        for name, reason in report.problems:
+            console.print(f"unreadable: {name} ({reason})", markup=False, soft_wrap=True)
+    both = reports["train"].digests.keys() & reports["val"].digests.keys()
+    for digest in sorted(both, key=lambda d: reports["val"].digests[d])[:20]:
+        console.print(
+            f"the same file in both: {reports['train'].digests[digest]} and "
+            f"{reports['val'].digests[digest]}",
+            markup=False,
+            soft_wrap=True,
+        )
+    if both:
+        console.print(f"{len(both):,} held-out images are also trained on")
+
+
+def main(argv: Sequence[str]) -> int:
+    """The verb; 0 where everything can be read, 1 where not, 2 where there is nothing to check."""
+    parser = argparse.ArgumentParser(
+        prog="patchlight check-data", description="Decode every image of a folder and report."
+    )
+    parser.add_argument("dir", help="a directory or list file, as source folder takes it")
+    parser.add_argument("--workers", type=int, help="processes; all cores by default")
+    parser.add_argument("--bad-list", type=Path, help="write the unreadable paths here")
+    given = parser.parse_args(argv)
+    console = Console()
+    try:
+        reports = check_folder(given.dir, given.workers)
+    except ValueError as error:
+        console.print(f"patchlight: {error}", markup=False)
+        return 2
+    show(reports, console)
+    problems = [name for report in reports.values() for name, _ in report.problems]
+    if given.bad_list is not None:
+        given.bad_list.write_text("".join(f"{name}\n" for name in problems), encoding="utf-8")
+    return 1 if problems else 0

@@ -1,0 +1,167 @@
+"""Images from a directory tree or a list file."""
+
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from datamodules.index import Index, open_index
+from datamodules.sources import BadImageError, Example, Split, with_channels
+
+HELD_OUT = ("val", "validation", "valid", "test")
+
+
+def decode(path: Path, channels: int) -> np.ndarray:
+    """Read an image file as uint8 [h, w, channels], upright.
+
+    The EXIF orientation is applied; transparency is put on white; CMYK and palettes become RGB;
+    16-bit grey is scaled to 8 bits.
+
+    Raises:
+        BadImageError: missing, truncated, absurdly large, or no image.
+    """
+    try:
+        with Image.open(path) as opened:
+            opened.load()
+            image = ImageOps.exif_transpose(opened)
+            return with_channels(to_array(image), channels)
+    except Image.DecompressionBombError as error:
+        raise BadImageError(str(path), f"too large to be decoded safely: {error}") from error
+    except (OSError, SyntaxError, ValueError, struct.error, EOFError) as error:
+        raise BadImageError(str(path), str(error) or type(error).__name__) from error
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    """uint8 [h, w] of a grey image, [h, w, 3] of any other."""
+    if image.mode.startswith("I"):
+        deep = np.asarray(image).astype(np.int64)
+        if deep.max(initial=0) <= 255:
+            return deep.clip(0).astype(np.uint8)
+        return np.round(deep.clip(0, 65535) / 257).astype(np.uint8)
+    if image.mode in ("1", "L"):
+        return np.asarray(image.convert("L"))
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return np.asarray(image.convert("RGB"))
+
+
+def split_roots(root: Path) -> tuple[Path, Path | None]:
+    """Where training and held-out images are; None where they share one tree."""
+    if (root / "train").is_dir():
+        for name in HELD_OUT:
+            if (root / name).is_dir():
+                return root / "train", root / name
+    return root, None
+
+
+def is_labelled(index: Index, wanted: bool | None) -> bool:
+    """Whether the tree has labels, which only one layout leaves no doubt about."""
+    loose = int((index.groups < 0).sum())
+    if wanted is False:
+        return False
+    if loose == 0:
+        return True
+    if loose == len(index) and wanted is None:
+        return False
+    raise ValueError(
+        f"{index.root} has {loose:,} images outside class directories and "
+        f"{len(index) - loose:,} inside ({', '.join(index.names[:5]) or 'no class'}); move them "
+        f"into classes, or set data.source_args to {{labelled: false}} to use all without labels"
+    )
+
+
+class Folder:
+    """Images of a directory tree or a list file, labelled or not.
+
+    `root` is one of
+        a directory with train/ and val/ (or validation/, valid/, test/),
+        a directory, of which a share chosen by a hash of the path is held out,
+        a list file, one image a line, relative to the file: `path` or `path label`.
+    In a directory the first level of sub-directories names the classes; images without any
+    have no label.
+
+    Args:
+        val_fraction: share held out where there is no held-out directory.
+        val_root: directory or list file of the held-out images.
+        labelled: false ignores class directories, true insists on them.
+
+    Raises:
+        ValueError: nothing to read, doubtful labels, classes that only the held-out part has.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        root: str | None,
+        channels: int,
+        val_fraction: float = 0.1,
+        val_root: str | None = None,
+        labelled: bool | None = None,
+    ) -> None:
+        if root is None:
+            raise ValueError("source folder needs data.root: a directory or a list file of images")
+        if not 0.0 < val_fraction < 1.0:
+            raise ValueError(f"val_fraction is {val_fraction}; expected within (0, 1)")
+        train_root, held_out = split_roots(Path(root))
+        held_out = Path(val_root) if val_root is not None else held_out
+        train = open_index(train_root)
+        self.labelled = is_labelled(train, labelled)
+        self.class_names = train.names if self.labelled else ()
+        self.channels = channels
+        if held_out is None:
+            self.index = train
+            self.rows = held_out_by_hash(train, val_fraction, split)
+            self.ids = np.arange(len(train.names))
+        else:
+            self.index = train if split == "train" else open_index(held_out)
+            self.rows = np.arange(len(self.index))
+            self.ids = self.match_classes()
+
+    def match_classes(self) -> np.ndarray:
+        """Class id in training of every class id of this split."""
+        if not self.labelled:
+            return np.arange(len(self.index.names))
+        is_labelled(self.index, True)
+        known = {name: i for i, name in enumerate(self.class_names)}
+        unknown = [name for name in self.index.names if name not in known]
+        if unknown:
+            raise ValueError(
+                f"{self.index.root} has classes that training has not: {', '.join(unknown[:5])}"
+            )
+        return np.array([known[name] for name in self.index.names], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Example:
+        row = int(self.rows[index])
+        image = decode(self.index.root / self.index.relative(row), self.channels)
+        label = int(self.ids[self.index.groups[row]]) if self.labelled else -1
+        return Example(image, label)
+
+    def describe(self, index: int) -> str:
+        return str(self.index.root / self.index.relative(int(self.rows[index])))
+
+
+def held_out_by_hash(index: Index, fraction: float, split: Split) -> np.ndarray:
+    """Rows of a split: an image stays in it whatever is added to or removed from the folder."""
+    hashes = np.fromiter(
+        (
+            zlib.crc32(index.relative(row).encode("utf-8", "surrogateescape"))
+            for row in range(len(index))
+        ),
+        np.uint32,
+        len(index),
+    )
+    held_out = hashes < fraction * 2**32
+    if not 0 < held_out.sum() < len(index):
+        raise ValueError(
+            f"of the {len(index)} images in {index.root} a val_fraction of {fraction} holds out "
+            f"{held_out.sum()}; add images, change val_fraction, or give val/ a directory"
+        )
+    return np.flatnonzero(held_out if split == "val" else ~held_out)

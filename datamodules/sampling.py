@@ -1,0 +1,137 @@
+"""Which sample goes where: pure functions of (seed, epoch, rank, world size).
+
+No sampler has a state that a checkpoint would have to carry: given how many batches a run has
+taken, the next one is known. Ranks take neighbouring slices of one global batch, so a run on two
+devices sees, step by step, the samples of a run on one device with twice the batch.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from torch.utils.data import Sampler
+
+MASK = (1 << 64) - 1
+
+
+def fold(*parts: int) -> int:
+    """Hash integers to 63 bits: the key of everything random that depends on just them.
+
+    Each part is absorbed by a round of SplitMix64 (Steele, Lea and Flood 2014).
+    """
+    state = 0
+    for part in parts:
+        state = (state ^ (part & MASK)) + 0x9E3779B97F4A7C15 & MASK
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & MASK
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & MASK
+        state ^= state >> 31
+    return state >> 1
+
+
+def run_seed() -> int:
+    """The seed of this run, as Lightning's `seed_everything` recorded it; 0 without one."""
+    return int(os.environ.get("PL_GLOBAL_SEED", "0"))
+
+
+class Sample(NamedTuple):
+    """One request: which item of the source, and the key of every random draw for it."""
+
+    item: int
+    key: int
+    is_valid: bool = True
+
+
+def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of the samples for one epoch, the same on every rank."""
+    return np.random.Generator(np.random.Philox(key=fold(seed, epoch))).permutation(num_samples)
+
+
+class TrainBatches(Sampler[list[Sample]]):
+    """Batches of one rank: shuffled, all of one size, as many on every rank.
+
+    The images that do not fill a last global batch sit out the epoch; others do in the next.
+
+    Args:
+        num_samples: size of the source.
+        batch_size: samples in a batch of one rank.
+        seed: of the run.
+        rank, world_size: which slice of each global batch is ours.
+        batches_done: batches this rank took before, in all epochs: where to go on.
+        batches_per_epoch: stop an epoch after so many; None takes all.
+
+    Raises:
+        ValueError: fewer samples than one global batch.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        batches_done: int = 0,
+        batches_per_epoch: int | None = None,
+    ) -> None:
+        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.length = num_samples // (batch_size * world_size)
+        if self.length == 0:
+            raise ValueError(
+                f"{num_samples} training images do not fill one global batch of {batch_size} x "
+                f"{world_size} device(s); set data.batch_size to at most "
+                f"{num_samples // world_size}"
+            )
+        self.first_epoch, self.first_batch = divmod(
+            batches_done, min(self.length, batches_per_epoch or self.length)
+        )
+        self.epoch = self.first_epoch
+
+    @property
+    def sampler(self) -> "TrainBatches":
+        """Ourselves: Lightning looks for `set_epoch` on the sampler of a batch sampler."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[list[Sample]]:
+        epoch = self.epoch
+        order = epoch_order(self.num_samples, self.seed, epoch)
+        first = self.first_batch if epoch == self.first_epoch else 0
+        for batch in range(first, self.length):
+            start = (batch * self.world_size + self.rank) * self.batch_size
+            picked = order[start : start + self.batch_size]
+            yield [Sample(int(i), fold(self.seed, epoch, int(i))) for i in picked]
+
+
+class EvalBatches(Sampler[list[Sample]]):
+    """Every sample once, in order; batch i goes to rank i modulo the world size.
+
+    The batches themselves do not depend on the world size, so neither do their results, to the
+    bit. What is missing to a full batch, and to as many batches on every rank, is filled with
+    repetitions marked `is_valid=False`.
+    """
+
+    def __init__(
+        self, num_samples: int, batch_size: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        if num_samples == 0:
+            raise ValueError("there are no images to evaluate on")
+        self.num_samples, self.batch_size = num_samples, batch_size
+        self.rank, self.world_size = rank, world_size
+
+    def __len__(self) -> int:
+        return -(-self.num_samples // (self.batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[list[Sample]]:
+        for step in range(len(self)):
+            start = (step * self.world_size + self.rank) * self.batch_size
+            yield [
+                Sample(i % self.num_samples, key=i, is_valid=i < self.num_samples)
+                for i in range(start, start + self.batch_size)
+            ]

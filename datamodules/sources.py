@@ -1,0 +1,223 @@
+"""Where images come from: one interface, and `open_source` to find them by name.
+
+digits              scikit-learn's handwritten digits, embedded
+shapes              procedural scenes with a mask, embedded (`datamodules.shapes`)
+folder              a directory tree or a list file (`datamodules.folder`)
+torchvision:NAME    any classification data set of torchvision
+"""
+
+import difflib
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+
+Split = Literal["train", "val"]
+
+
+class Example(NamedTuple):
+    """One image as it is stored, before any augmentation.
+
+    image: uint8 [h, w, c]
+    label: class id, -1 where there is none
+    mask:  bool [h, w], True on the object, where the source knows it
+    """
+
+    image: np.ndarray
+    label: int
+    mask: np.ndarray | None = None
+
+
+class BadImageError(Exception):
+    """An image that cannot be read: which, and why."""
+
+    def __init__(self, description: str, reason: str) -> None:
+        super().__init__(description, reason)
+        self.description, self.reason = description, reason
+
+
+class Source(Protocol):
+    """Images by index, the same image for the same index in every process.
+
+    class_names: names by class id; empty where there are no labels
+    channels:    c of its images
+    """
+
+    class_names: tuple[str, ...]
+    channels: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example:
+        """The example at `index`; raises `BadImageError` where it cannot be read."""
+        ...
+
+    def describe(self, index: int) -> str:
+        """A name for people: a path, or "digits[12]"."""
+        ...
+
+
+def with_channels(image: np.ndarray, channels: int) -> np.ndarray:
+    """A uint8 [h, w] or [h, w, 1 or 3] image with `channels` of 1 (ITU-R 601 luma) or 3."""
+    if image.ndim == 2:
+        image = image[:, :, None]
+    if image.shape[2] == channels:
+        return image
+    if image.shape[2] == 1 and channels == 3:
+        return np.repeat(image, 3, axis=2)
+    if image.shape[2] == 3 and channels == 1:
+        luma = image @ np.array([0.299, 0.587, 0.114])
+        grey: np.ndarray = np.round(luma).astype(np.uint8)[:, :, None]
+        return grey
+    raise ValueError(
+        f"an image has {image.shape[2]} channels, but channels is {channels}; expected 1 or 3"
+    )
+
+
+class Digits:
+    """The 1,797 digits of scikit-learn, 8 x 8; a fixed fifth of each class is held out.
+
+    Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits" (UCI, 1998).
+    """
+
+    class_names = tuple("0123456789")
+
+    def __init__(self, split: Split, root: str | None, channels: int) -> None:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        refuse_root("digits", root)
+        images, labels = load_digits(return_X_y=True)
+        every = np.arange(len(labels))
+        train, val = train_test_split(every, test_size=0.2, random_state=0, stratify=labels)
+        self.indices = np.sort(train if split == "train" else val)
+        pixels = np.round(images[self.indices] * (255 / 16)).astype(np.uint8)
+        self.images, self.labels = pixels.reshape(-1, 8, 8), labels[self.indices]
+        self.channels = channels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Example:
+        return Example(with_channels(self.images[index], self.channels), int(self.labels[index]))
+
+    def describe(self, index: int) -> str:
+        return f"digits[{self.indices[index]}]"
+
+
+class TorchvisionSource:
+    """A classification data set of torchvision; its test (or val) split is held out.
+
+    Args:
+        name: class name in `torchvision.datasets`.
+        download: fetch it into `root` where it is not there yet.
+
+    Raises:
+        ValueError: no such data set, one without the two splits, or files that are not there.
+    """
+
+    def __init__(
+        self, name: str, split: Split, root: str | None, channels: int, download: bool = False
+    ) -> None:
+        from torchvision import datasets
+
+        if not inspect.isclass(getattr(datasets, name, None)):
+            close = difflib.get_close_matches(name, datasets.__all__, n=3)
+            raise ValueError(
+                f"torchvision has no data set {name!r}; did you mean {', '.join(close) or '...'}?"
+            )
+        if root is None:
+            raise ValueError(f"torchvision:{name} needs data.root, where its files are or shall go")
+        kind = getattr(datasets, name)
+        arguments: dict[str, Any] = {**split_arguments(kind, split), "root": root}
+        if "download" in inspect.signature(kind).parameters:
+            arguments["download"] = download
+        try:
+            self.dataset = kind(**arguments)
+        except (RuntimeError, FileNotFoundError) as error:
+            raise ValueError(
+                f"{name} is not in {root} ({error}); put its files there, or set "
+                f"data.source_args to {{download: true}}"
+            ) from error
+        self.name, self.split, self.channels = name, split, channels
+        self.class_names = self.find_class_names()
+
+    def find_class_names(self) -> tuple[str, ...]:
+        names = getattr(self.dataset, "classes", None)
+        if names:
+            return tuple(str(name) for name in names)
+        for attribute in ("targets", "labels", "_labels", "y"):
+            labels = getattr(self.dataset, attribute, None)
+            if labels is not None:
+                return tuple(str(i) for i in range(int(np.max(np.asarray(labels))) + 1))
+        raise ValueError(f"torchvision:{self.name} gives no class labels to train on")
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Example:
+        try:
+            image, label = self.dataset[index]
+        except (OSError, SyntaxError) as error:  # what Pillow raises on a damaged file
+            raise BadImageError(self.describe(index), str(error)) from error
+        if self.channels == 3 and image.mode != "L":
+            image = image.convert("RGB")
+        return Example(with_channels(np.asarray(image), self.channels), int(label))
+
+    def describe(self, index: int) -> str:
+        return f"{self.name}/{self.split}[{index}]"
+
+
+def split_arguments(kind: type, split: Split) -> dict[str, Any]:
+    """How this data set of torchvision is told which part to give."""
+    parameters = inspect.signature(kind).parameters
+    if kind.__name__ == "EMNIST":  # its `split` is which of its six character sets
+        return {"split": "balanced", "train": split == "train"}
+    if "train" in parameters:
+        return {"train": split == "train"}
+    if "split" not in parameters:
+        raise ValueError(
+            f"torchvision's {kind.__name__} has no training and test split of its own; "
+            f"use source folder with its files"
+        )
+    if kind.__name__ == "ImageNet":
+        return {"split": split}
+    if kind.__name__ == "OxfordIIITPet":
+        return {"split": "trainval" if split == "train" else "test"}
+    return {"split": "train" if split == "train" else "test"}
+
+
+def refuse_root(name: str, root: str | None) -> None:
+    if root is not None:
+        raise ValueError(f"data.root is {root!r}, but {name} is embedded and has no files")
+
+
+def open_source(
+    name: str, split: Split, root: str | None = None, channels: int = 3, **options: Any
+) -> Source:
+    """The training or the held-out part of a source, with images of 1 or 3 channels.
+
+    Raises:
+        ValueError: an unknown source or option, or data that is not there.
+    """
+    from datamodules.folder import Folder
+    from datamodules.shapes import Shapes
+
+    kinds: dict[str, Callable[..., Source]]
+    kinds = {"digits": Digits, "shapes": Shapes, "folder": Folder}
+    kind, _, dataset = name.partition(":")
+    if kind == "torchvision" and dataset:
+        make: Callable[..., Source] = TorchvisionSource
+        options["name"] = dataset
+    elif name in kinds:
+        make = kinds[name]
+    else:
+        known = ", ".join([*kinds, "torchvision:NAME"])
+        raise ValueError(f"unknown data.source {name!r}; known: {known}")
+    accepted = set(inspect.signature(make).parameters) - {"split", "root", "channels"}
+    for option in options:
+        if option not in accepted:
+            takes = ", ".join(sorted(accepted - {"name"})) or "none"
+            raise ValueError(f"source {name!r} has no option {option!r}; it takes: {takes}")
+    return make(split=split, root=root, channels=channels, **options)

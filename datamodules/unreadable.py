@@ -1,0 +1,37 @@
+"""Images that could not be read: counted, reported, and too many of them stop the run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+
+class Unreadable:
+    """The distinct unreadable images a run has met, by name."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def add(self, names: Sequence[str], limit: float, directory: str | None, rank: int) -> None:
+        """Note images; write new ones to `unreadable-RANK.txt` in `directory`.
+
+        Raises:
+            ValueError: there are now more than `limit` of them.
+        """
+        new = [name for name in dict.fromkeys(names) if name not in self.names]
+        if not new:
+            return
+        self.names += new
+        rank_zero_warn(
+            f"{new[0]} could not be read; another image takes its place "
+            f"({len(self.names)} unreadable so far)"
+        )
+        if directory is not None:
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            with (Path(directory) / f"unreadable-{rank}.txt").open("a", encoding="utf-8") as file:
+                file.writelines(f"{name}\n" for name in new)
+        if len(self.names) > limit:
+            raise ValueError(
+                f"{len(self.names)} images could not be read, more than data.max_bad allows "
+                f"({limit:g}); the last is {new[-1]}. `patchlight check-data` lists them all"
+            )

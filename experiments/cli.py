@@ -1,0 +1,246 @@
+"""The `patchlight` command.
+
+    patchlight fit --config RECIPE [--key value ...]   train
+    patchlight fit --resume RUN                        go on with a run that was stopped
+    patchlight validate --config RUN/config.yaml --ckpt_path RUN/checkpoints/best.ckpt
+    patchlight check-data DIR                          find unreadable images beforehand
+
+`fit` and `validate` are LightningCLI: constructor signatures are the schema of a recipe.
+`experiments/base.yaml` holds what all recipes start from.
+"""
+
+import logging
+import os
+import platform
+import subprocess
+import sys
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+import modules  # noqa: F401 - registers the methods and limits what a config may name
+from callbacks.checkpoint import AtomicCheckpointIO, Checkpoint, read_checkpoint
+from callbacks.monitors import Throughput
+from callbacks.pictures import AugmentedBatch
+from callbacks.seeding import StepSeed
+from datamodules.check import main as check_data
+
+EXPERIMENTS = Path(__file__).parent
+BASE = EXPERIMENTS / "base.yaml"
+STOPPED = 143  # the exit code of a process that ended on SIGTERM: the run is not finished
+LIBRARIES = (
+    *("patchlight", "torch", "torchvision", "lightning", "timm", "einops", "numpy", "pillow"),
+    *("jsonargparse", "tensorboard"),
+)
+
+
+def versions() -> str:
+    """Versions of Python and the libraries, the device, and the commit of the code."""
+    lines = [f"python {platform.python_version()} on {platform.platform()}"]
+    lines += [f"{name} {version(name)}" for name in LIBRARIES]
+    if torch.cuda.is_available():
+        lines.append(f"cuda {torch.version.cuda} on {torch.cuda.get_device_name()}")
+    git = ("git", "-C", str(EXPERIMENTS))
+    try:
+        commit = subprocess.run(
+            [*git, "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
+        )
+        lines.append(f"commit {commit.stdout.strip()}")
+    except (OSError, subprocess.CalledProcessError):
+        lines.append("commit unknown (not a git work tree)")
+    return "\n".join(lines) + "\n"
+
+
+class RunRecord(SaveConfigCallback):
+    """Writes the resolved `config.yaml` and `versions.txt` into the run directory."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.log_dir is not None:
+            (Path(trainer.log_dir) / "versions.txt").write_text(versions(), encoding="utf-8")
+
+
+def recipe_name(configs: Any) -> str:
+    """The name of a run: its first recipe's path below `experiments`, or its file name."""
+    paths = [Path(str(path)).resolve() for path in configs or []]
+    recipes = [path for path in paths if path != BASE.resolve()]
+    if not recipes:
+        return "run"
+    path = recipes[0].with_suffix("")
+    root = EXPERIMENTS.resolve()
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
+
+
+class PatchlightCLI(LightningCLI):
+    """LightningCLI with our callbacks, run directories and checkpoints.
+
+    Args:
+        resume: run directory to go on in, or None for a new run.
+    """
+
+    def __init__(self, resume: Path | None = None) -> None:
+        self.resume = resume
+        base = {"default_config_files": [str(BASE)]}
+        super().__init__(
+            model_class=LightningModule,
+            datamodule_class=LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=RunRecord,
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,
+            parser_kwargs={"fit": {**base}, "validate": {**base}},
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        both = {"model", "datamodule", "weights_only"}
+        return {
+            "fit": both | {"train_dataloaders", "val_dataloaders"},
+            "validate": both | {"dataloaders", "verbose"},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(Checkpoint, "checkpoint")
+        parser.add_argument("--runs", default="runs", help="directory that holds all runs")
+
+    def _parse_ckpt_path(self) -> None:
+        # LightningCLI would let the checkpoint override the config; here the config decides.
+        pass
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        given = self._get(self.config_init, "trainer")
+        callbacks: list[Any] = [StepSeed(), Throughput(), AugmentedBatch()]
+        if given.get("enable_progress_bar") is not False:
+            callbacks.append(RichProgressBar(leave=False))
+        kwargs["callbacks"] = [*(given.get("callbacks") or []), *callbacks]
+        kwargs["plugins"] = [*(given.get("plugins") or []), AtomicCheckpointIO()]
+        if self.subcommand == "fit" and given.get("logger") is None:
+            kwargs["logger"] = self.logger()
+        elif self.subcommand != "fit":
+            kwargs["logger"] = False
+            self.save_config_callback = None
+        return super().instantiate_trainer(**kwargs)
+
+    def logger(self) -> TensorBoardLogger:
+        if self.resume is None:
+            runs = self._get(self.config, "runs")
+            name = recipe_name(self._get(self.config, "config"))
+            return TensorBoardLogger(runs, name, default_hp_metric=False)
+        # What was logged after the checkpoint will be logged again: drop the first version of it.
+        last = self.resume / "checkpoints" / "last.ckpt"
+        step = read_checkpoint(last)["global_step"] if last.is_file() else 0
+        return TensorBoardLogger(
+            self.resume.parent, "", self.resume.name, default_hp_metric=False, purge_step=step
+        )
+
+    def after_fit(self) -> None:
+        announce_end(self.trainer)
+
+    def after_validate(self) -> None:
+        for name, value in sorted(self.trainer.callback_metrics.items()):
+            print_once(f"{name} {float(value)!r}")
+
+
+@rank_zero_only
+def print_once(text: str) -> None:
+    print(text, flush=True)
+
+
+def announce_end(trainer: Trainer) -> None:
+    """The last line of a run: how good, where it is, how to look at it."""
+    run = Path(trainer.log_dir or trainer.default_root_dir)
+    parts = []
+    metrics = trainer.callback_metrics
+    checkpoint = next(c for c in trainer.callbacks if isinstance(c, Checkpoint))  # type: ignore[attr-defined]
+    if "val/accuracy" in metrics:
+        parts.append(f"held-out accuracy {100 * float(metrics['val/accuracy']):.2f} %")
+    if checkpoint.monitor is not None and checkpoint.best is not None:
+        parts.append(
+            f"best {checkpoint.monitor} {checkpoint.best:.4f} at step {checkpoint.best_step}"
+        )
+    root = next((p for p in run.parents if p.name == "runs"), run)
+    print_once(" | ".join([*parts, f"run in {run}", f"look: tensorboard --logdir {root}"]))
+
+
+def take_resume(arguments: list[str]) -> tuple[list[str], Path | None]:
+    """Turn `fit --resume RUN` into the run's config and its last checkpoint.
+
+    Raises:
+        ValueError: RUN is no run directory.
+    """
+    for i, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name == "--resume":
+            rest = arguments[i + 1 :]
+            if not value:
+                if not rest:
+                    raise ValueError("--resume needs a run directory, such as runs/NAME/version_0")
+                value, *rest = rest
+            run = Path(value)
+            if not (run / "config.yaml").is_file():
+                raise ValueError(f"--resume {run}: no config.yaml there; expected a run directory")
+            before, last = arguments[1:i], run / "checkpoints" / "last.ckpt"
+            found = ["--ckpt_path", str(last)] if last.is_file() else []
+            if not found:
+                print_once(f"{run} has no checkpoint yet; starting it again from the beginning")
+            config = ["--config", str(run / "config.yaml")]
+            return [arguments[0], *config, *before, *rest, *found], run
+    return arguments, None
+
+
+def quiet() -> None:
+    """Silence warnings about what this project does on purpose."""
+    for message in (
+        ".*your dataloader is not resumable.*",  # its position follows from the batch counter
+        ".*does not have many workers.*",
+        ".*is an instance of `nn.Module` and is already saved.*",
+        ".*module.s. in eval mode at the start of training.*",  # averaged copies
+        ".*treespec, LeafSpec.*",  # Lightning's own use of torch
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip: For seamless cloud" not in record.getMessage()
+    )
+
+
+def main() -> int:
+    """Entry point of the console command; returns its exit code."""
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["check-data"]:
+        return check_data(arguments[1:])
+    if not arguments:
+        print(__doc__)
+        return 2
+    quiet()
+    try:
+        resume: Path | None = None
+        if arguments[0] == "fit":
+            arguments, resume = take_resume(arguments)
+            # Lightning starts further processes with the same command line.
+            sys.argv[1:] = arguments
+        PatchlightCLI(resume)
+    except SIGTERMException:
+        print_once("stopped by SIGTERM; `patchlight fit --resume RUN` goes on from its last.ckpt")
+        return STOPPED
+    except ValueError as error:
+        if os.environ.get("PATCHLIGHT_TRACEBACK"):
+            raise
+        print(f"patchlight: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+__all__ = ["Namespace", "main"]
+
+if __name__ == "__main__":
+    sys.exit(main())

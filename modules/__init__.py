@@ -1,0 +1,23 @@
+"""Methods that a recipe can name, one file each.
+
+    supervised.py   Supervised   cross-entropy on labels, with everything DeiT adds to it
+
+and what they share: `optim`, `schedules`, `metrics`, `weights`, `backbones`.
+"""
+
+from jsonargparse import set_parsing_settings
+
+from modules.supervised import Supervised
+
+# A config or a checkpoint may name classes of these packages and no others: whatever else it
+# names is refused before it is imported, since importing a module runs it.
+set_parsing_settings(
+    import_path_denylist=["*"],
+    import_path_allowlist=[
+        *("modules", "datamodules", "callbacks"),
+        *("torch.optim", "torch.nn", "torchvision", "timm", "lightning"),
+    ],
+    instantiate_subclass_spec_in_any=False,
+)
+
+__all__ = ["Supervised"]

@@ -1,0 +1,41 @@
+"""Backbones: pixels in, `Features` out. Nothing here knows about training.
+
+Dimension letters, used in every shape of the code base:
+    b batch            n tokens           d width            h heads
+    c image channels   k classes or prototypes               m images in a pack
+    g / l global / local crops
+
+A backbone keeps timm's state-dict keys, so published checkpoints load strictly
+after a declared renaming (`modules.weights`).
+"""
+
+import difflib
+import inspect
+from typing import Any
+
+from modules.backbones.layers import Backbone, Features
+from modules.backbones.vit import ViT
+
+FAMILIES: dict[str, type[Backbone]] = {"vit": ViT}
+
+
+def create(name: str, **overrides: Any) -> Backbone:
+    """Build a backbone from its family name and the arguments of its constructor.
+
+    `create("vit", variant="Ti", patch_size=16)` equals `ViT(variant="Ti", patch_size=16)`.
+
+    Raises:
+        ValueError: unknown family, or an argument that the family does not take.
+    """
+    if name not in FAMILIES:
+        raise ValueError(f"unknown backbone {name!r}; known: {', '.join(sorted(FAMILIES))}")
+    known = list(inspect.signature(FAMILIES[name]).parameters)
+    for key in overrides:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(known)}"
+            raise ValueError(f"backbone {name!r} has no argument {key!r}; {hint}")
+    return FAMILIES[name](**overrides)
+
+
+__all__ = ["Backbone", "FAMILIES", "Features", "ViT", "create"]

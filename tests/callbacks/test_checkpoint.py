@@ -1,0 +1,131 @@
+"""Checkpoints: whole or absent, and no code in them ever runs."""
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from callbacks.checkpoint import AtomicCheckpointIO, Checkpoint, not_primitive, read_checkpoint
+from modules import Supervised
+from tests import small
+from tests.runs import differences
+
+
+class Evil:
+    """Pickles to a call that leaves a trace when it is run."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.trace),))
+
+
+def test_a_malicious_pickle_runs_nothing_and_says_why(tmp_path: Path) -> None:
+    trace, path = tmp_path / "owned", tmp_path / "evil.ckpt"
+    torch.save({"state_dict": {}, "x": Evil(trace)}, path)
+    with pytest.raises(ValueError, match=r"holds pickled Python objects.*mkdir"):
+        read_checkpoint(path)
+    with pytest.raises(ValueError, match="refused"):
+        small.trainer(tmp_path).fit(small.method(), small.data(), ckpt_path=str(path))
+    bare = tmp_path / "bare.ckpt"
+    bare.write_bytes(pickle.dumps(Evil(trace)))
+    with pytest.raises(ValueError, match="not a checkpoint"):
+        read_checkpoint(bare)
+    assert not trace.exists()
+    torch.load(path, weights_only=False)  # the attack is real
+    assert trace.exists()
+
+
+def test_truncated_and_foreign_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    torch.save({"state_dict": {"w": torch.zeros(1000)}}, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="truncated"):
+        read_checkpoint(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("hello", "world")
+    with pytest.raises(ValueError, match="is damaged"):
+        read_checkpoint(path)
+    torch.save([1, 2], path)
+    with pytest.raises(ValueError, match="expected a dict, found a list"):
+        read_checkpoint(path)
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint at"):
+        read_checkpoint(tmp_path / "none.ckpt")
+
+
+def test_a_failed_write_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, io = tmp_path / "last.ckpt", AtomicCheckpointIO()
+    io.save_checkpoint({"step": 1}, path)
+
+    def full(checkpoint: Any, file: Any) -> None:
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        io.save_checkpoint({"step": 2}, path)
+    assert read_checkpoint(path) == {"step": 1}
+    assert os.listdir(tmp_path) == ["last.ckpt"]
+
+
+def test_the_file_is_synced_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    sync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda f: (events.append("sync"), sync(f))[1])
+    monkeypatch.setattr(Path, "replace", lambda a, b: (events.append("rename"), replace(a, b))[1])
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
+    assert events == ["sync", "rename", "sync"]
+
+
+def test_objects_are_not_written(tmp_path: Path) -> None:
+    nested = {"a": [1, {"b": (None, Path("x"))}]}
+    assert not_primitive(nested) == "checkpoint['a'][1]['b'][1] is a pathlib.PosixPath"
+    with pytest.raises(ValueError, match=r"\['b'\].*tensors and primitives only"):
+        AtomicCheckpointIO().save_checkpoint(nested, tmp_path / "x.ckpt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_run_writes_is_primitive_and_complete(tmp_path: Path) -> None:
+    module, trainer = small.method(), small.trainer(tmp_path)
+    trainer.fit(module, small.data())
+    directory = Path(trainer.log_dir or "") / "checkpoints"
+    assert sorted(os.listdir(directory)) == ["best.ckpt", "last.ckpt"]
+    last = read_checkpoint(directory / "last.ckpt")
+    assert differences(last["state_dict"], dict(module.state_dict())) == []
+    assert last["hyper_parameters"]["num_classes"] == 10
+    assert last["hyper_parameters"]["optimizer"]["base_lr"] == 1e-3
+    again = Supervised.load_from_checkpoint(
+        directory / "last.ckpt", backbone=module.classifier.backbone, optimizer=module.optimization
+    )
+    assert differences(dict(again.state_dict()), last["state_dict"]) == []
+
+
+def test_best_is_the_best(tmp_path: Path) -> None:
+    class Scripted(Supervised):
+        def on_validation_epoch_end(self) -> None:
+            self.tally.rows, self.averaged_tally.rows = [], []
+            self.log("val/accuracy", [0.2, 0.7, 0.5][self.current_epoch])
+
+    module = Scripted(small.method().classifier.backbone, 10)
+    checkpoint = Checkpoint(every_n_steps=1)
+    trainer = small.trainer(tmp_path, checkpoint=checkpoint)
+    trainer.fit(module, small.data())
+    best = read_checkpoint(checkpoint.directory / "best.ckpt")
+    assert (checkpoint.best, checkpoint.best_step) == (pytest.approx(0.7), 10)
+    assert best["global_step"] == 10
+
+
+def test_unknown_metric_is_named_at_the_first_validation(tmp_path: Path) -> None:
+    trainer = small.trainer(tmp_path, checkpoint=Checkpoint(monitor="val/acc"))
+    with pytest.raises(ValueError, match=r"monitor is 'val/acc', but .* val/accuracy"):
+        trainer.fit(small.method(), small.data())

@@ -1,0 +1,52 @@
+"""Every recipe under `experiments/` runs: a new file is tested without a word here."""
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from callbacks.checkpoint import read_checkpoint
+from experiments import cli
+from tests.runs import EXPERIMENTS, RECIPES, differences, only_run
+
+
+def fit(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> cli.PatchlightCLI:
+    """What `patchlight fit` leaves behind, in this process."""
+    command, resume = cli.take_resume(["fit", *arguments])
+    monkeypatch.setattr(sys, "argv", ["patchlight", *command])
+    return cli.PatchlightCLI(resume)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.relative_to(EXPERIMENTS).as_posix())
+def test_recipe(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    quiet = "--trainer.enable_progress_bar=false"
+    smoke = ["--config", str(recipe), "--config", str(EXPERIMENTS / "smoke.yaml"), quiet]
+    first = fit(monkeypatch, *smoke, "--trainer.max_steps=1")
+    assert first.trainer.global_step == 1
+    run = only_run(tmp_path)
+    assert run.parent.name == recipe.stem
+
+    second = fit(monkeypatch, "--resume", str(run), "--trainer.max_steps=2")
+    assert second.trainer.global_step == 2
+    assert only_run(tmp_path) == run
+    assert math.isfinite(second.trainer.callback_metrics["train/loss"])
+    for name, parameter in second.model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, f"{name} got no gradient"
+            assert torch.isfinite(parameter.grad).all(), name
+
+    last = run / "checkpoints" / "last.ckpt"
+    saved = read_checkpoint(last)["state_dict"]
+    assert differences(dict(second.model.state_dict()), saved) == []
+    again = type(second.model).load_from_checkpoint(last, weights_only=True)
+    assert differences(dict(again.state_dict()), saved) == []
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.relative_to(EXPERIMENTS).as_posix())
+def test_recipe_says_what_it_is_for_and_how_to_run_it(recipe: Path) -> None:
+    head = recipe.read_text(encoding="utf-8").split("model:")[0]
+    assert f"patchlight fit --config {recipe.relative_to(EXPERIMENTS.parent).as_posix()}" in head
+    assert "Expected:" in head or "not yet reproduced" in head

@@ -1,0 +1,82 @@
+"""Running the command in tests."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+EXPERIMENTS = ROOT / "experiments"
+RECIPES = sorted(
+    path for path in EXPERIMENTS.rglob("*.yaml") if path.name not in ("base.yaml", "smoke.yaml")
+)
+
+# Three epochs of five steps in a fraction of a second, with everything random switched on.
+TINY = [
+    *("--config", str(EXPERIMENTS / "quickstart" / "supervised.yaml")),
+    *("--config", str(EXPERIMENTS / "smoke.yaml")),
+    "--data.init_args.source_args={num_train: 23, num_val: 7}",
+    *("--data.init_args.mixup=0.8", "--data.init_args.cutmix=1.0", "--data.init_args.erasing=0.5"),
+    *("--data.init_args.flip=0.5", "--model.init_args.ema_decay=0.9"),
+    *("--model.init_args.backbone.init_args.dropout=0.2",),
+    *("--model.init_args.backbone.init_args.drop_path=0.3",),
+    *("--trainer.max_epochs=3", "--trainer.max_steps=-1", "--trainer.enable_progress_bar=false"),
+    *("--trainer.check_val_every_n_epoch=1", "--trainer.enable_model_summary=false"),
+    "--checkpoint.every_n_steps=1",
+]
+
+
+def patchlight(
+    *arguments: str, cwd: Path, kill_at: int | None = None, with_signal: int = signal.SIGKILL
+) -> subprocess.CompletedProcess[str]:
+    """Run the command in its own process; with `kill_at`, it gets a signal in that step."""
+    command = [sys.executable, "-m", "experiments.cli"]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{ROOT}:/tmp/w",
+        "STUB": "1",
+    }
+    if kill_at is not None:
+        command = [sys.executable, "-m", "tests.killed"]
+        environment |= {"KILL_AT": str(kill_at), "KILL_WITH": str(int(with_signal))}
+    return subprocess.run(
+        [*command, *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def only_run(directory: Path) -> Path:
+    """The one run below `directory`/runs."""
+    (config,) = (directory / "runs").rglob("config.yaml")
+    return config.parent
+
+
+def last_checkpoint(run: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    return loaded
+
+
+def differences(a: Any, b: Any, path: str = "") -> list[str]:
+    """Where two nested states differ, to the last bit."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        same = a.dtype == b.dtype and torch.equal(a, b)
+        return [] if same else [path]
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = sorted(set(a) | set(b), key=str)
+        return [d for k in keys for d in differences(a.get(k), b.get(k), f"{path}/{k}")]
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
+        return [
+            d
+            for i, (x, y) in enumerate(zip(a, b, strict=True))
+            for d in differences(x, y, f"{path}/{i}")
+        ]
+    return [] if a == b else [f"{path}: {a} != {b}"]
