@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
@@ -58,8 +58,16 @@ class SplitReport:
         self.digests.setdefault(finding.digest, finding.name)
 
 
-def examine(folder: Folder, index: int) -> Finding:
-    """Decode one image completely."""
+FOLDERS: dict[Split, Folder] = {}  # of a worker, given once: an index is too large for each task
+
+
+def remember(folders: dict[Split, Folder]) -> None:
+    FOLDERS.update(folders)
+
+
+def examine(split: Split, index: int) -> Finding:
+    """Decode one image of `FOLDERS` completely."""
+    folder = FOLDERS[split]
     name = folder.describe(index)
     row = int(folder.rows[index])
     label = int(folder.ids[folder.index.groups[row]]) if folder.labelled else -1
@@ -77,7 +85,6 @@ def examine(folder: Folder, index: int) -> Finding:
 
 def check_folder(root: str, workers: int | None = None) -> dict[Split, SplitReport]:
     """Decode every image below `root`, as source `folder` would see it, in both splits."""
-    reports: dict[Split, SplitReport] = {}
     folders: dict[Split, Folder] = {
         "train": Folder("train", root, 3),
         "val": Folder("val", root, 3),
@@ -86,18 +93,24 @@ def check_folder(root: str, workers: int | None = None) -> dict[Split, SplitRepo
     columns = ("decoding", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with (
+        ProcessPoolExecutor(workers or os.cpu_count(), None, remember, (folders,)) as pool,
         Progress(*columns, console=console, transient=True) as progress,
-        ProcessPoolExecutor(workers or os.cpu_count()) as pool,
     ):
         task = progress.add_task("", total=total)
+        reports: dict[Split, SplitReport] = {}
         for split, folder in folders.items():
             report = SplitReport(tuple(folder.class_names), folder.index.skipped)
-            look = partial(examine, folder)
-            for finding in pool.map(look, range(len(folder)), chunksize=16):
+            rows = range(len(folder))
+            for finding in pool.map(examine, [split] * len(rows), rows, chunksize=16):
                 report.add(finding)
                 progress.advance(task)
             reports[split] = report
     return reports
+
+
+def printable(name: str) -> str:
+    """A path whose bytes are no UTF-8 cannot be printed as it is."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def describe_sizes(sizes: list[tuple[int, int]]) -> str:
@@ -134,19 +147,16 @@ def show(reports: dict[Split, SplitReport], console: Console) -> None:
         "other files": [f"{r.skipped:,}" for r in reports.values()],
     }
     for name, cells in rows.items():
-        table.add_row(name, *cells)
+        table.add_row(name, *(escape(printable(cell)) for cell in cells))
     console.print(table)
     for report in reports.values():
         for name, reason in report.problems:
-            console.print(f"unreadable: {name} ({reason})", markup=False, soft_wrap=True)
+            said = printable(f"unreadable: {name} ({reason})")
+            console.print(said, markup=False, soft_wrap=True)
     both = reports["train"].digests.keys() & reports["val"].digests.keys()
     for digest in sorted(both, key=lambda d: reports["val"].digests[d])[:20]:
-        console.print(
-            f"the same file in both: {reports['train'].digests[digest]} and "
-            f"{reports['val'].digests[digest]}",
-            markup=False,
-            soft_wrap=True,
-        )
+        names = " and ".join(reports[split].digests[digest] for split in reports)
+        console.print(printable(f"the same file in both: {names}"), markup=False, soft_wrap=True)
     if both:
         console.print(f"{len(both):,} held-out images are also trained on")
 
@@ -169,5 +179,5 @@ def main(argv: Sequence[str]) -> int:
     show(reports, console)
     problems = [name for report in reports.values() for name, _ in report.problems]
     if given.bad_list is not None:
-        given.bad_list.write_text("".join(f"{name}\n" for name in problems), encoding="utf-8")
+        given.bad_list.write_bytes(b"".join(os.fsencode(name) + b"\n" for name in problems))
     return 1 if problems else 0

@@ -1,5 +1,6 @@
 """Images from a directory tree or a list file."""
 
+import itertools
 import struct
 import zlib
 from pathlib import Path
@@ -8,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from datamodules.index import Index, open_index
-from datamodules.sources import BadImageError, Example, Split, with_channels
+from datamodules.sources import BadImageError, Example, Split, to_array, with_channels
 
 HELD_OUT = ("val", "validation", "valid", "test")
 
@@ -17,7 +18,7 @@ def decode(path: Path, channels: int) -> np.ndarray:
     """Read an image file as uint8 [h, w, channels], upright.
 
     The EXIF orientation is applied; transparency is put on white; CMYK and palettes become RGB;
-    16-bit grey is scaled to 8 bits.
+    grey deeper than 8 bits is taken for 16 bits and scaled to 8.
 
     Raises:
         BadImageError: missing, truncated, absurdly large, or no image.
@@ -33,29 +34,18 @@ def decode(path: Path, channels: int) -> np.ndarray:
         raise BadImageError(str(path), str(error) or type(error).__name__) from error
 
 
-def to_array(image: Image.Image) -> np.ndarray:
-    """uint8 [h, w] of a grey image, [h, w, 3] of any other."""
-    if image.mode.startswith("I"):
-        deep = np.asarray(image).astype(np.int64)
-        if deep.max(initial=0) <= 255:
-            return deep.clip(0).astype(np.uint8)
-        return np.round(deep.clip(0, 65535) / 257).astype(np.uint8)
-    if image.mode in ("1", "L"):
-        return np.asarray(image.convert("L"))
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return np.asarray(image.convert("RGB"))
-
-
 def split_roots(root: Path) -> tuple[Path, Path | None]:
-    """Where training and held-out images are; None where they share one tree."""
+    """Where training and held-out images are; None where they share one tree.
+
+    A train/ on its own is that tree: "train" is a class only beside other directories.
+    """
     if (root / "train").is_dir():
         for name in HELD_OUT:
             if (root / name).is_dir():
                 return root / "train", root / name
+        others = (p for p in root.iterdir() if p.is_dir() and not p.name.startswith((".", "__MAC")))
+        if next((p for p in others if p.name != "train"), None) is None:
+            return root / "train", None
     return root, None
 
 
@@ -79,7 +69,7 @@ class Folder:
     """Images of a directory tree or a list file, labelled or not.
 
     `root` is one of
-        a directory with train/ and val/ (or validation/, valid/, test/),
+        a directory with train/ and val/ (or validation/, valid/, test/), or train/ alone,
         a directory, of which a share chosen by a hash of the path is held out,
         a list file, one image a line, relative to the file: `path` or `path label`.
     In a directory the first level of sub-directories names the classes; images without any
@@ -150,14 +140,9 @@ class Folder:
 
 def held_out_by_hash(index: Index, fraction: float, split: Split) -> np.ndarray:
     """Rows of a split: an image stays in it whatever is added to or removed from the folder."""
-    hashes = np.fromiter(
-        (
-            zlib.crc32(index.relative(row).encode("utf-8", "surrogateescape"))
-            for row in range(len(index))
-        ),
-        np.uint32,
-        len(index),
-    )
+    blob, ends = memoryview(index.paths.tobytes()), index.offsets.tolist()
+    each = (zlib.crc32(blob[a:b]) for a, b in itertools.pairwise(ends))
+    hashes = np.fromiter(each, np.uint32, len(index))
     held_out = hashes < fraction * 2**32
     if not 0 < held_out.sum() < len(index):
         raise ValueError(

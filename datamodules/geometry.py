@@ -79,7 +79,7 @@ def crop_and_resize(
 ) -> UInt8[Tensor, "c height width"]:
     """Cut `box` out of a [h, w, c] uint8 image and resize it, antialiased, to `size`."""
     cut = image[box.top : box.top + box.height, box.left : box.left + box.width]
-    pixels = torch.from_numpy(np.ascontiguousarray(cut)).permute(2, 0, 1)
+    pixels = torch.from_numpy(np.array(cut)).permute(2, 0, 1)  # a copy: sources are read-only
     if pixels.shape[1:] == size:
         return pixels.contiguous()
     return F.interpolate(

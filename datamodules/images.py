@@ -17,7 +17,7 @@ from datamodules.geometry import (
     make_rand_augment,
 )
 from datamodules.sampling import EvalBatches, Sample, TrainBatches, fold, run_seed
-from datamodules.sources import BadImageError, Example, Source, open_source
+from datamodules.sources import BadImageError, Example, Source, Split, open_source
 from datamodules.unreadable import Unreadable
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -93,7 +93,7 @@ class ImageDataModule(LightningDataModule):
         mixup: alpha of Mixup, 0 for none.
         cutmix: alpha of CutMix, 0 for none.
         mix_probability: share of pairs that Mixup and CutMix are applied to.
-        max_bad: the run stops when more than this share of the training images is unreadable.
+        max_bad: the run stops when more than this share of a split is unreadable.
 
     Raises:
         ValueError: values out of range, an empty source, means that do not match the channels.
@@ -136,7 +136,7 @@ class ImageDataModule(LightningDataModule):
             if channels != 3:
                 raise ValueError(f"rand_augment needs 3 channels, but channels is {channels}")
             self.rand_augment = make_rand_augment(rand_augment, tuple(round(255 * m) for m in mean))
-        self.unreadable = Unreadable()
+        self.unreadable: dict[Split, Unreadable] = {"train": Unreadable(), "val": Unreadable()}
 
     def check_arguments(self) -> None:
         if len(self.mean) != self.channels or len(self.std) != self.channels:
@@ -160,15 +160,15 @@ class ImageDataModule(LightningDataModule):
         if not 0.0 < self.crop_ratio[0] <= self.crop_ratio[1]:
             raise ValueError(f"crop_ratio is {self.crop_ratio}; expected 0 < low <= high")
 
-    def open(self, split: Literal["train", "val"]) -> Source:
+    def open(self, split: Split) -> Source:
         return open_source(
             self.source, split, self.root, channels=self.channels, **self.source_args
         )
 
     def prepare_data(self) -> None:
         """On one process: download, and write the index of a folder for the others to map."""
-        for split in ("train", "val"):
-            self.open(split)
+        self.open("train")
+        self.open("val")
 
     def setup(self, stage: str) -> None:
         trainer = self.trainer
@@ -233,7 +233,7 @@ class ImageDataModule(LightningDataModule):
         assert self.trainer is not None
         training = self.trainer.training
         source = self.train_source if training else self.val_source
-        self.unreadable.add(
+        self.unreadable["train" if training else "val"].add(
             [source.describe(i) for i in batch.indices[batch.is_replaced].tolist()],
             limit=self.max_bad * len(source),
             directory=self.trainer.log_dir,
@@ -252,7 +252,8 @@ class ImageDataModule(LightningDataModule):
         return self.mixing(batch) if self.mixing else batch
 
     def state_dict(self) -> dict[str, Any]:
-        return {"unreadable": self.unreadable.names}
+        return {split: unreadable.names for split, unreadable in self.unreadable.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.unreadable.names = list(state_dict["unreadable"])
+        for split, unreadable in self.unreadable.items():
+            unreadable.names = list(state_dict[split])

@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def open_index(root: Path) -> Index:
     """The index of a directory or a list file: from the cache where that is still true.
 
     A directory's index is true while no directory below it has changed (adding, removing and
-    renaming files changes it); a list file's while its size and time are the same.
+    renaming files changes it); a list file's while its size, time and content are the same.
 
     Raises:
         ValueError: nothing there, or nothing to read.
@@ -75,17 +76,20 @@ def open_index(root: Path) -> Index:
     if pointer.is_file():
         known: dict[str, Any] = json.loads(pointer.read_text(encoding="utf-8"))
         if all(stamp(Path(path)) == when for path, when in known["stamps"]):
-            return load(root, pointer.parent / known["arrays"], known)
+            with suppress(FileNotFoundError):  # renewed by another process just now
+                return load(root, pointer.parent / known["arrays"], known)
     entries, stamps, skipped = read_list(root) if is_list else scan(root)
     return store(root, pointer, entries, stamps, skipped)
 
 
-def stamp(path: Path) -> list[int] | None:
+def stamp(path: Path) -> list[int | str] | None:
+    """What changes when a directory, or the content of a list file, does."""
     try:
         status = path.stat()
+        content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
     except OSError:
         return None
-    return [status.st_mtime_ns, status.st_size]
+    return [status.st_mtime_ns, status.st_size, content]
 
 
 Entries = list[tuple[bytes, str]]  # relative path, class name ("" for none)
@@ -124,8 +128,8 @@ def walk(directory: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
     seen.add((status.st_dev, status.st_ino))
     yield directory
     with os.scandir(directory) as listing:
-        below = [entry.name for entry in listing if entry.is_dir()]
-    for name in sorted(below):
+        below = [(entry.is_symlink(), entry.name) for entry in listing if entry.is_dir()]
+    for _, name in sorted(below):  # links last: a directory keeps its own name
         if not name.startswith(".") and name != "__MACOSX":
             yield from walk(directory / name, seen)
 
@@ -160,7 +164,18 @@ def read_list(path: Path) -> tuple[Entries, list[tuple[str, Any]], int]:
             )
         labelled = has_label
         entries.append((os.fsencode(row[0]), row[1] if has_label else ""))
+    refuse_header(path, entries)
     return entries, [(str(path), stamp(path))], 0
+
+
+def refuse_header(path: Path, entries: Entries) -> None:
+    """A header would become a class of its own, and turn numbers into names."""
+    first = [Path(os.fsdecode(entry[0])).suffix.lower() in EXTENSIONS for entry in entries[:2]]
+    if first == [False, True]:
+        raise ValueError(
+            f"{path}, line 1: {os.fsdecode(entries[0][0])!r} is no image path, unlike line 2; "
+            f"a list file has no header, so remove that line"
+        )
 
 
 def class_ids(groups: set[str], numeric: bool) -> tuple[tuple[str, ...], dict[str, int]]:
@@ -192,13 +207,14 @@ def store(
     np.save(arrays / "groups.npy", np.array([ids[group] for _, group in entries], np.int32))
     np.save(arrays / "paths.npy", np.frombuffer(b"".join(p for p, _ in entries), np.uint8))
     known = {"arrays": arrays.name, "stamps": stamps, "names": names, "skipped": skipped}
+    index = load(root, arrays, known)  # before anyone else can renew it
     temporary = arrays / "pointer.json"
     temporary.write_text(json.dumps(known), encoding="utf-8")
+    replaced = json.loads(pointer.read_text("utf-8"))["arrays"] if pointer.is_file() else None
     temporary.replace(pointer)
-    for old in pointer.parent.glob(pointer.stem + "-*"):
-        if old != arrays:
-            shutil.rmtree(old, ignore_errors=True)  # those who have it mapped keep it
-    return load(root, arrays, known)
+    if replaced is not None:  # that one only: others may just be being written
+        shutil.rmtree(pointer.parent / replaced, ignore_errors=True)  # who mapped it keeps it
+    return index
 
 
 def load(root: Path, arrays: Path, known: dict[str, Any]) -> Index:

@@ -1,9 +1,9 @@
 """Procedural scenes: one object on a textured ground, with its mask. No download.
 
 Every image is a function of (split, index): its size and aspect, the texture of the ground and
-of the object, clutter, and where, how large and how turned the object is. Object, ground and
-clutter draw their textures from one and the same distribution, so that only the outline tells
-the class.
+of the object, clutter, and where, how large and how turned the object is. Object and ground draw
+their textures from one and the same distribution, and clutter (small plain discs) from the same
+colours, so that only the outline tells the class.
 """
 
 import math

@@ -9,9 +9,10 @@ torchvision:NAME    any classification data set of torchvision
 import difflib
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+from PIL import Image
 
 Split = Literal["train", "val"]
 
@@ -37,6 +38,7 @@ class BadImageError(Exception):
         self.description, self.reason = description, reason
 
 
+@runtime_checkable  # the shape checks of the tests ask isinstance
 class Source(Protocol):
     """Images by index, the same image for the same index in every process.
 
@@ -56,6 +58,27 @@ class Source(Protocol):
     def describe(self, index: int) -> str:
         """A name for people: a path, or "digits[12]"."""
         ...
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    """uint8 [h, w] of a grey image, [h, w, 3] of any other.
+
+    Transparency is put on white; deep grey is taken for 16 bits, whatever its values.
+
+    Raises:
+        ValueError: floating-point pixels.
+    """
+    if image.mode.startswith("I"):
+        # Never by the largest value: a dark image would be scaled unlike its neighbours.
+        deep = np.asarray(image).astype(np.int64).clip(0, 65535)
+        return np.round(deep / 257).astype(np.uint8)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range")
+    is_grey = image.mode in ("1", "L", "LA", "La")
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return np.asarray(image.convert("L" if is_grey else "RGB"))
 
 
 def with_channels(image: np.ndarray, channels: int) -> np.ndarray:
@@ -131,17 +154,31 @@ class TorchvisionSource:
             raise ValueError(f"torchvision:{name} needs data.root, where its files are or shall go")
         kind = getattr(datasets, name)
         arguments: dict[str, Any] = {**split_arguments(kind, split), "root": root}
-        if "download" in inspect.signature(kind).parameters:
+        if can_download(kind):
             arguments["download"] = download
+        elif download:
+            raise ValueError(f"torchvision cannot download {name}; put its files into {root}")
         try:
             self.dataset = kind(**arguments)
-        except (RuntimeError, FileNotFoundError) as error:
+        except (RuntimeError, OSError) as error:  # OSError: also no network
+            fix = "" if download else ", or set data.source_args to {download: true}"
             raise ValueError(
-                f"{name} is not in {root} ({error}); put its files there, or set "
-                f"data.source_args to {{download: true}}"
+                f"{name} is not in {root} ({error}); put its files there{fix}"
             ) from error
         self.name, self.split, self.channels = name, split, channels
+        self.check_label()
         self.class_names = self.find_class_names()
+
+    def check_label(self) -> None:
+        try:
+            label = self.dataset[0][1]
+        except (OSError, SyntaxError):
+            return  # a damaged file is for whoever reads it
+        if not isinstance(label, int | np.integer):
+            raise ValueError(
+                f"torchvision:{self.name} labels an image with a {type(label).__name__}; "
+                f"expected one class id, so it is not a classification data set"
+            )
 
     def find_class_names(self) -> tuple[str, ...]:
         names = getattr(self.dataset, "classes", None)
@@ -161,12 +198,23 @@ class TorchvisionSource:
             image, label = self.dataset[index]
         except (OSError, SyntaxError) as error:  # what Pillow raises on a damaged file
             raise BadImageError(self.describe(index), str(error)) from error
-        if self.channels == 3 and image.mode != "L":
-            image = image.convert("RGB")
-        return Example(with_channels(np.asarray(image), self.channels), int(label))
+        return Example(with_channels(to_array(image), self.channels), int(label))
 
     def describe(self, index: int) -> str:
         return f"{self.name}/{self.split}[{index}]"
+
+
+def can_download(kind: type) -> bool:
+    """Whether a data set of torchvision, or what it passes **kwargs on to, takes `download`."""
+    makers = [vars(base)["__init__"] for base in kind.__mro__ if "__init__" in vars(base)]
+    return any("download" in inspect.signature(make).parameters for make in makers)
+
+
+# Held-out parts that are not called "test", or whose "test" has no labels.
+HELD_OUT_SPLITS = dict.fromkeys(
+    ("ImageNet", "Imagenette", "Places365", "CLEVRClassification"), "val"
+)
+TRAIN_SPLITS = {"OxfordIIITPet": "trainval", "Places365": "train-standard"}
 
 
 def split_arguments(kind: type, split: Split) -> dict[str, Any]:
@@ -181,11 +229,9 @@ def split_arguments(kind: type, split: Split) -> dict[str, Any]:
             f"torchvision's {kind.__name__} has no training and test split of its own; "
             f"use source folder with its files"
         )
-    if kind.__name__ == "ImageNet":
-        return {"split": split}
-    if kind.__name__ == "OxfordIIITPet":
-        return {"split": "trainval" if split == "train" else "test"}
-    return {"split": "train" if split == "train" else "test"}
+    if split == "train":
+        return {"split": TRAIN_SPLITS.get(kind.__name__, "train")}
+    return {"split": HELD_OUT_SPLITS.get(kind.__name__, "test")}
 
 
 def refuse_root(name: str, root: str | None) -> None:
@@ -214,7 +260,9 @@ def open_source(
         make = kinds[name]
     else:
         known = ", ".join([*kinds, "torchvision:NAME"])
-        raise ValueError(f"unknown data.source {name!r}; known: {known}")
+        close = difflib.get_close_matches(name, kinds, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"unknown data.source {name!r}; known: {known}{hint}")
     accepted = set(inspect.signature(make).parameters) - {"split", "root", "channels"}
     for option in options:
         if option not in accepted:

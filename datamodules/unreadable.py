@@ -7,7 +7,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 
 class Unreadable:
-    """The distinct unreadable images a run has met, by name."""
+    """The distinct unreadable images of one split that a run has met, by name."""
 
     def __init__(self) -> None:
         self.names: list[str] = []

@@ -5,12 +5,12 @@
     patchlight validate --config RUN/config.yaml --ckpt_path RUN/checkpoints/best.ckpt
     patchlight check-data DIR                          find unreadable images beforehand
 
-`fit` and `validate` are LightningCLI: constructor signatures are the schema of a recipe.
+`fit` and `validate` are LightningCLI: constructor signatures are the schema of a recipe, and
+`patchlight fit --help` lists them.
 `experiments/base.yaml` holds what all recipes start from.
 """
 
 import logging
-import os
 import platform
 import subprocess
 import sys
@@ -62,7 +62,20 @@ def versions() -> str:
 
 
 class RunRecord(SaveConfigCallback):
-    """Writes the resolved `config.yaml` and `versions.txt` into the run directory."""
+    """Writes the resolved `config.yaml` and `versions.txt` into the run directory.
+
+    Args:
+        resumed: the checkpoint is the run's own, so the config does not name it: whoever uses
+            the config again starts anew.
+    """
+
+    def __init__(
+        self, parser: LightningArgumentParser, config: Namespace, resumed: bool, **kwargs: Any
+    ) -> None:
+        config = config.clone()
+        if resumed:
+            config["ckpt_path"] = None
+        super().__init__(parser, config, overwrite=True, **kwargs)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.log_dir is not None:
@@ -96,7 +109,7 @@ class PatchlightCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=RunRecord,
-            save_config_kwargs={"overwrite": True},
+            save_config_kwargs={"resumed": resume is not None},
             auto_configure_optimizers=False,
             parser_kwargs={"fit": {**base}, "validate": {**base}},
         )
@@ -213,14 +226,24 @@ def quiet() -> None:
     )
 
 
+def raised_by_us(error: BaseException) -> bool:
+    """Whether one of our own checks raised it: its message says all, a traceback nothing more."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    return last is not None and Path(last.tb_frame.f_code.co_filename).is_relative_to(
+        EXPERIMENTS.parent
+    )
+
+
 def main() -> int:
     """Entry point of the console command; returns its exit code."""
     arguments = sys.argv[1:]
     if arguments[:1] == ["check-data"]:
         return check_data(arguments[1:])
-    if not arguments:
+    if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
-        return 2
+        return 0 if arguments else 2
     quiet()
     try:
         resume: Path | None = None
@@ -233,14 +256,12 @@ def main() -> int:
         print_once("stopped by SIGTERM; `patchlight fit --resume RUN` goes on from its last.ckpt")
         return STOPPED
     except ValueError as error:
-        if os.environ.get("PATCHLIGHT_TRACEBACK"):
+        if not raised_by_us(error):
             raise
         print(f"patchlight: {error}", file=sys.stderr)
         return 1
     return 0
 
-
-__all__ = ["Namespace", "main"]
 
 if __name__ == "__main__":
     sys.exit(main())

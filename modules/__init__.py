@@ -10,12 +10,16 @@ from jsonargparse import set_parsing_settings
 from modules.supervised import Supervised
 
 # A config or a checkpoint may name classes of these packages and no others: whatever else it
-# names is refused before it is imported, since importing a module runs it.
+# names is refused before it is imported, since importing a module runs it. The parts of torch
+# that compile, download or unpickle code are no part of a recipe either.
 set_parsing_settings(
-    import_path_denylist=["*"],
+    import_path_denylist=[
+        *("*", "torch.hub", "torch.package", "torch.load", "torch.serialization"),
+        *("torch.utils.cpp_extension", "torch.utils.model_zoo"),
+    ],
     import_path_allowlist=[
         *("modules", "datamodules", "callbacks"),
-        *("torch.optim", "torch.nn", "torchvision", "timm", "lightning"),
+        *("torch", "torchvision", "timm", "lightning"),
     ],
     instantiate_subclass_spec_in_any=False,
 )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from callbacks.checkpoint import read_checkpoint
 from experiments import cli
@@ -32,6 +33,7 @@ def test_recipe(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     second = fit(monkeypatch, "--resume", str(run), "--trainer.max_steps=2")
     assert second.trainer.global_step == 2
     assert only_run(tmp_path) == run
+    assert yaml.safe_load((run / "config.yaml").read_text())["ckpt_path"] is None
     assert math.isfinite(second.trainer.callback_metrics["train/loss"])
     for name, parameter in second.model.named_parameters():
         if parameter.requires_grad:

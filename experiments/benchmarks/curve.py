@@ -1,0 +1,55 @@
+"""Draws a run for a README: training loss, held-out accuracy, and the batch it was fed.
+
+python -m experiments.benchmarks.curve RUN OUT.png
+"""
+
+import argparse
+import io
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+def draw(run: Path, out: Path) -> None:
+    """Read the run's TensorBoard events and write a picture of two panels."""
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    events.Reload()
+    loss = events.Scalars("train/loss")
+    accuracy = events.Scalars("val/accuracy")
+    batch = events.Images("train/augmented_batch")[0]
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), width_ratios=(3, 2))
+    left.plot([e.step for e in loss], [e.value for e in loss], color="tab:gray", linewidth=1)
+    left.set(xlabel="optimizer step", ylabel="training loss", ylim=(0, None))
+    percent = left.twinx()
+    percent.plot(
+        [e.step for e in accuracy], [100 * e.value for e in accuracy], "o-", color="tab:blue"
+    )
+    percent.set_ylabel("held-out accuracy (%)", color="tab:blue")
+    for event in accuracy:
+        percent.annotate(
+            f"{100 * event.value:.1f}",
+            (event.step, 100 * event.value),
+            textcoords="offset points",
+            xytext=(0, -14),
+            ha="center",
+            color="tab:blue",
+        )
+    right.imshow(Image.open(io.BytesIO(batch.encoded_image_string)))
+    right.set_title("the first batch, as the network sees it", fontsize=10)
+    right.axis("off")
+    figure.tight_layout()
+    figure.savefig(out, dpi=110)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("out", type=Path)
+    given = parser.parse_args()
+    draw(given.run, given.out)

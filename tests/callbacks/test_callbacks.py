@@ -1,0 +1,53 @@
+"""Seeding, pictures, averages."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from callbacks.ema import Average, advance
+from callbacks.pictures import for_display
+from tests import small
+
+
+def test_low_precision_averages_are_refused() -> None:
+    target, source = nn.Linear(2, 2).to(torch.bfloat16), nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"bfloat16 would not move at decay 0\.999"):
+        advance(Average(target, source, 0.999))
+
+
+def test_average_of_a_low_precision_source_moves_and_buffers_are_copied() -> None:
+    target, source = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    source.running_mean.fill_(5.0)
+    source.to(torch.bfloat16)
+    nn.init.constant_(source.weight, 2.0)
+    advance(Average(target, source, 0.9))
+    torch.testing.assert_close(target.weight, torch.full((3,), 1.1))
+    assert target.weight.dtype == torch.float32
+    torch.testing.assert_close(target.running_mean, torch.full((3,), 5.0))
+
+
+def test_dropout_differs_by_step_and_not_by_what_was_drawn_before(tmp_path: Path) -> None:
+    from lightning.pytorch import Callback
+
+    class Draw(Callback):
+        def __init__(self) -> None:
+            self.drawn: list[float] = []
+
+        def on_before_zero_grad(self, *_: object) -> None:
+            self.drawn.append(torch.rand(()).item())
+
+    first, second = Draw(), Draw()
+    small.trainer(tmp_path, first).fit(small.method(), small.data())
+    torch.manual_seed(1234)
+    small.trainer(tmp_path, second).fit(small.method(), small.data())
+    assert first.drawn == second.drawn
+    assert len(set(first.drawn)) == 15
+
+
+def test_pictures_are_grids_in_zero_to_one() -> None:
+    grid = for_display(torch.randn(10, 1, 4, 6), columns=5)
+    assert grid.shape == (3, 2 * 5 + 1, 5 * 7 + 1)
+    assert grid.min() == 0.0
+    assert grid.max() == 1.0

@@ -1,0 +1,89 @@
+"""Every command of the README works as it stands there."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.datamodules.test_folder import tree
+from tests.datamodules.test_sources import fashion
+from tests.runs import ROOT, patchlight
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"```bash\n(.*?)```", README, re.S)
+QUICK = ["--trainer.enable_progress_bar=false", "--trainer.max_epochs=1"]
+SHORT = ["--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]
+
+
+def command(start: str) -> list[str]:
+    """The arguments of the one README command that starts like this."""
+    (found,) = (line.strip() for line in COMMANDS if line.startswith(start))
+    return found.removeprefix("patchlight ").split()
+
+
+def test_it_opens_with_the_two_lines() -> None:
+    assert [line.strip() for line in COMMANDS[:2]] == [
+        "pip install -e . && patchlight fit --config experiments/quickstart/supervised.yaml",
+        "pip install -e '.[dev]' && pytest",  # this very command; .ci/run runs both
+    ]
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "grep -m1 '^pip install -e \\. &&' README.md" in ci
+
+
+def test_nothing_is_left_out_here() -> None:
+    tested = ("pip", "mkdir -p data/Fashion", "patchlight check-data", "patchlight validate")
+    for line in COMMANDS:
+        assert line.startswith((*tested, "patchlight fit --resume", "patchlight fit --config"))
+
+
+@pytest.mark.slow
+def test_train_resume_and_validate(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
+    first = patchlight(*command("patchlight fit --config experiments/quick"), *SHORT, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    for start in ("patchlight fit --resume", "patchlight validate"):
+        done = patchlight(*command(start), *SHORT[1:], cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert "val/accuracy" in done.stdout
+
+
+@pytest.mark.slow
+def test_own_images_and_smoke(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
+    tree(tmp_path / "my_images")
+    checked = patchlight(*command("patchlight check-data"), cwd=tmp_path)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    small = ["--model.init_args.backbone.init_args.variant=mu", "--data.init_args.batch_size=4"]
+    small += ["--data.init_args.num_workers=0", *QUICK, *SHORT]
+    own = command("patchlight fit --config experiments/supervised/vit_ti16.yaml --data")
+    done = patchlight(*own, *small, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "held-out accuracy" in done.stdout
+    smoke = command("patchlight fit --config experiments/supervised/vit_ti16.yaml --config")
+    assert patchlight(*smoke, cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.slow
+def test_fashion_from_debians_files(tmp_path: Path) -> None:
+    """The line that unpacks them, and the recipe on files of the same shape."""
+    (line,) = (c for c in COMMANDS if c.startswith("mkdir"))
+    package, real = tmp_path / "package", "/usr/share/datasets/fashion-mnist"
+    assert real in line
+    fashion(package)
+    raw = package / "FashionMNIST" / "raw"
+    subprocess.run(["gzip", *raw.iterdir()], check=True)
+    subprocess.run(line.replace(real, str(raw)), shell=True, check=True, cwd=tmp_path)
+    assert len(list((tmp_path / "data" / "FashionMNIST" / "raw").iterdir())) == 4
+    recipe = str(ROOT / "experiments" / "quickstart" / "fashion.yaml")
+    done = patchlight(
+        "fit", "--config", recipe, *QUICK, "--data.init_args.batch_size=8", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "quickstart" / "fashion" / "version_0"
+    picture = tmp_path / "curve.png"
+    curve = [sys.executable, "-m", "experiments.benchmarks.curve", str(run), str(picture)]
+    subprocess.run(curve, check=True, cwd=ROOT)
+    assert picture.stat().st_size > 10_000
