@@ -12,7 +12,8 @@ def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     The backbone keeps timm's keys below `backbone.`; the head keeps its own.
     """
+    renamed = {"pos_embed": "positions.table"}
     return {
-        name if name.startswith(HEAD) else f"backbone.{name}": value
+        name if name.startswith(HEAD) else f"backbone.{renamed.get(name, name)}": value
         for name, value in state.items()
     }

@@ -13,7 +13,8 @@ import difflib
 import inspect
 from typing import Any
 
-from modules.backbones.layers import Backbone, Features
+from modules.backbones.layers import Backbone, BlockStyle, Features
+from modules.backbones.positions import Positions
 from modules.backbones.vit import ViT
 
 FAMILIES: dict[str, type[Backbone]] = {"vit": ViT}
@@ -38,4 +39,4 @@ def create(name: str, **overrides: Any) -> Backbone:
     return FAMILIES[name](**overrides)
 
 
-__all__ = ["Backbone", "FAMILIES", "Features", "ViT", "create"]
+__all__ = ["FAMILIES", "Backbone", "BlockStyle", "Features", "Positions", "ViT", "create"]

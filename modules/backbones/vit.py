@@ -2,14 +2,16 @@
 
 "An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale",
 Dosovitskiy et al. 2020, https://arxiv.org/abs/2010.11929, section 3.1 and table 1.
-Sizes Ti and S are DeiT's (Touvron et al. 2020), M is DeiT-III's.
+Sizes Ti and S are DeiT's (Touvron et al. 2020), M is DeiT-III's, g, G and So400m are those of
+"Scaling Vision Transformers" (Zhai et al. 2021) and "Getting ViT in Shape" (Alabdulmohsin et al.
+2023).
 
     tokens = patches(image) W + b                        one token a patch
-    tokens = [cls; tokens] + positions                   "cls" pooling only has the token
+    tokens = [cls; tokens] + positions
     repeat depth times:
         tokens = tokens + MHSA(LN(tokens))
         tokens = tokens + MLP(LN(tokens))
-    pooled = LN(tokens)[cls]      or      LN(mean(patch tokens))
+    pooled = LN(tokens)[cls]   or   LN(mean(patches))   or   MAP(LN(patches))
 """
 
 from typing import Literal, NamedTuple
@@ -18,14 +20,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from modules.backbones import initialise
 from modules.backbones.layers import (
+    AttentionPool,
     Backbone,
     Block,
+    BlockStyle,
     Features,
     PatchEmbed,
     drop_path_rates,
-    init_linear,
 )
+from modules.backbones.positions import Positions, for_blocks, make_biases, make_tables
 
 
 class Size(NamedTuple):
@@ -43,6 +48,9 @@ VARIANTS = {
     "B": Size(12, 768, 12, 3072),
     "L": Size(24, 1024, 16, 4096),
     "H": Size(32, 1280, 16, 5120),
+    "g": Size(40, 1408, 16, 6144),
+    "G": Size(48, 1664, 16, 8192),
+    "So400m": Size(27, 1152, 16, 4304),
 }
 
 
@@ -50,19 +58,34 @@ def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
+POOLINGS = ("cls", "avg", "norm_avg", "map")
+
+
 class ViT(Backbone):
     """The plain Vision Transformer.
 
+    Takes images of any size that patches divide; `image_size` is what its positions were made
+    for, and they are resampled to others.
+
     Args:
-        variant: size from `VARIANTS`: mu (toy), Ti, S, M, B, L or H.
+        variant: size from `VARIANTS`: mu (toy), Ti, S, M, B, L, H, g, G or So400m.
         patch_size: side of a patch in pixels.
         image_size: side in pixels, or (height, width).
         in_channels: channels of the input images.
-        pooling: "cls" adds a class token and returns it; "avg" averages the patch tokens,
-            then normalises, and has no class token.
-        dropout: rate after adding positions, after the attention projection, after GELU
-            and after the second linear layer of the MLP.
+        pooling: "cls" the class token after the final norm; "avg" the mean of the patch tokens,
+            then a norm (timm, MAE); "norm_avg" the norm, then the mean (big_vision); "map" the
+            norm, then attention pooling (SigLIP).
+        class_token: has a class token.
+        distillation_token: has DeiT's second token, `Features.dist`.
+        num_registers: learned tokens that nothing reads (Darcet et al. 2023).
+        positions: which positions, and where they enter.
+        block: what the blocks are made of.
+        pre_logits: Linear and tanh after pooling, as in ImageNet-21k pre-training.
+        init: first values: "timm", "jax" (Google) or "mae".
+        dropout: rate after adding positions, after the attention projection, after the
+            activation and after the second linear layer of the MLP.
         drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
+        uniform_drop_path: the same rate for all blocks (DeiT-III, DINOv2).
         depth: number of blocks instead of the variant's.
         embed_dim: width instead of the variant's.
         num_heads: attention heads instead of the variant's.
@@ -70,8 +93,8 @@ class ViT(Backbone):
             variant's.
 
     Raises:
-        ValueError: unknown variant or pooling, a size that patches do not divide, rates
-            outside [0, 1).
+        ValueError: unknown variant, pooling or init, a size that patches do not divide, rates
+            outside [0, 1), "cls" pooling without the token.
     """
 
     def __init__(
@@ -80,9 +103,17 @@ class ViT(Backbone):
         patch_size: int = 16,
         image_size: int | tuple[int, int] = 224,
         in_channels: int = 3,
-        pooling: Literal["cls", "avg"] = "cls",
+        pooling: Literal["cls", "avg", "norm_avg", "map"] = "cls",
+        class_token: bool = True,
+        distillation_token: bool = False,
+        num_registers: int = 0,
+        positions: Positions = Positions(),  # noqa: B008 - frozen
+        block: BlockStyle = BlockStyle(),  # noqa: B008 - frozen
+        pre_logits: bool = False,
+        init: Literal["timm", "jax", "mae"] = "timm",
         dropout: float = 0.0,
         drop_path: float = 0.0,
+        uniform_drop_path: bool = False,
         depth: int | None = None,
         embed_dim: int | None = None,
         num_heads: int | None = None,
@@ -91,57 +122,131 @@ class ViT(Backbone):
         super().__init__()
         size = resolve_size(variant, depth, embed_dim, num_heads, mlp_dim)
         height, width = as_pair(image_size)
-        check_arguments(height, width, patch_size, pooling, dropout, drop_path)
-        self.embed_dim, self.patch_size = size.embed_dim, patch_size
+        check_divisible(height, width, patch_size)
+        check_rates(dropout=dropout, drop_path=drop_path)
+        check_choice("pooling", pooling, POOLINGS)
+        check_choice("init", init, tuple(initialise.RULES))
+        if pooling == "cls" and not class_token:
+            raise ValueError("pooling 'cls' reads the class token, but class_token is false")
+        if num_registers < 0:
+            raise ValueError(f"num_registers is {num_registers}; expected 0 or more")
+        dim = self.embed_dim = size.embed_dim
+        self.patch_size, self.num_layers, self.num_registers = patch_size, size.depth, num_registers
         self.image_size, self.in_channels = (height, width), in_channels
-        self.pooling = pooling
-        self.grid = (height // patch_size, width // patch_size)
-        self.num_prefix_tokens = 1 if pooling == "cls" else 0
+        self.pooling, self.grid = pooling, (height // patch_size, width // patch_size)
+        prefix = self.num_prefix_tokens = class_token + distillation_token + num_registers
 
-        num_tokens = self.num_prefix_tokens + self.grid[0] * self.grid[1]
-        self.patch_embed = PatchEmbed(patch_size, in_channels, size.embed_dim)
-        if pooling == "cls":
-            self.cls_token = nn.Parameter(torch.zeros(1, 1, size.embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, size.embed_dim))
+        self.patch_embed = PatchEmbed(patch_size, in_channels, dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
+        self.dist_token = nn.Parameter(torch.zeros(1, 1, dim)) if distillation_token else None
+        self.reg_token = nn.Parameter(torch.zeros(1, num_registers, dim)) if num_registers else None
+        self.inject = positions.place
+        self.positions = make_tables(positions, dim, self.grid, prefix, size.depth)
+        self.relative = make_biases(positions, size.num_heads, self.grid, prefix, size.depth)
         self.pos_drop = nn.Dropout(dropout)
-        self.blocks = nn.Sequential(
-            *(
-                Block(size.embed_dim, size.num_heads, size.mlp_dim, dropout, rate)
-                for rate in drop_path_rates(drop_path, size.depth)
-            )
+        rates = [drop_path] * size.depth if uniform_drop_path else None
+        self.blocks = nn.ModuleList(
+            Block(dim, size.num_heads, size.mlp_dim, block, dropout, rate)
+            for rate in rates or drop_path_rates(drop_path, size.depth)
         )
         # timm names the final norm after what it sees: all tokens, or their average.
-        if pooling == "cls":
-            self.norm = nn.LayerNorm(size.embed_dim, eps=1e-6)
-        else:
-            self.fc_norm = nn.LayerNorm(size.embed_dim, eps=1e-6)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """timm's default initialisation."""
-        init_linear(self)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        if self.pooling == "cls":
-            nn.init.normal_(self.cls_token, std=1e-6)
+        norm = nn.LayerNorm(dim, eps=block.norm_eps)
+        self.norm = nn.Identity() if pooling == "avg" else norm
+        self.fc_norm = norm if pooling == "avg" else nn.Identity()
+        if pooling == "map":
+            self.attn_pool = AttentionPool(dim, size.num_heads, size.mlp_dim, block)
+        self.pre_logits = nn.Linear(dim, dim) if pre_logits else None
+        initialise.RULES[init](self)
 
     def forward(self, images: Float[Tensor, "b c height width"]) -> Features:
-        if images.shape[1:] != (self.in_channels, *self.image_size):
+        grid = self.grid_of(images)
+        (last,) = self.run_blocks(self.embed(images, grid), grid, keep=1)
+        return self.read_out(last, grid)
+
+    def last_blocks(self, images: Float[Tensor, "b c height width"], count: int) -> list[Features]:
+        """What the last `count` blocks give, the last one last, each read out as `forward` does.
+
+        Raises:
+            ValueError: more blocks than there are, or none.
+        """
+        if not 1 <= count <= self.num_layers:
+            raise ValueError(f"{count} blocks were asked of a ViT that has {self.num_layers}")
+        grid = self.grid_of(images)
+        kept = self.run_blocks(self.embed(images, grid), grid, keep=count)
+        return [self.read_out(x, grid) for x in kept]
+
+    def grid_of(self, images: Float[Tensor, "b c height width"]) -> tuple[int, int]:
+        """Rows and columns of patches of such images.
+
+        Raises:
+            ValueError: images that this network cannot take.
+        """
+        channels, height, width = images.shape[1:]
+        if channels != self.in_channels:
             raise ValueError(
-                f"images of shape {tuple(images.shape[1:])} (channels, height, width) reached a "
-                f"ViT built for {(self.in_channels, *self.image_size)}; set the backbone's "
-                f"in_channels and image_size to what the data gives"
+                f"images of {channels} channels reached a ViT built for {self.in_channels}; set "
+                f"the backbone's in_channels and the data's channels to the same number"
             )
+        check_divisible(height, width, self.patch_size)
+        return height // self.patch_size, width // self.patch_size
+
+    def embed(
+        self, images: Float[Tensor, "b c height width"], grid: tuple[int, int]
+    ) -> Float[Tensor, "b n d"]:
+        """Prefix tokens and patches, with the positions that are added at the stem."""
         x = self.patch_embed(images)
+        before = [t for t in (self.cls_token, self.dist_token, self.reg_token) if t is not None]
+        if before:
+            x = torch.cat((*(token.expand(len(x), -1, -1) for token in before), x), dim=1)
+        if self.inject == "stem" and self.positions is not None:
+            x = x + self.positions(grid)
+        out: Tensor = self.pos_drop(x)
+        return out
+
+    def run_blocks(
+        self, x: Float[Tensor, "b n d"], grid: tuple[int, int], keep: int
+    ) -> list[Float[Tensor, "b n d"]]:
+        """The tokens after each of the last `keep` blocks."""
+        tables = None if self.inject == "stem" else self.positions
+        kept: list[Tensor] = []
+        for block, table, bias in zip(
+            self.blocks,
+            for_blocks(tables, grid, self.num_layers),
+            for_blocks(self.relative, grid, self.num_layers),
+            strict=True,
+        ):
+            x = block(x if table is None else x + table, bias)
+            kept = [*kept, x][-keep:]
+        return kept
+
+    def read_out(self, x: Float[Tensor, "b n d"], grid: tuple[int, int]) -> Features:
+        """Final norm and pooling of the tokens after a block."""
+        x = self.norm(x)
+        patches = x[:, self.num_prefix_tokens :]
         if self.pooling == "cls":
-            x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
-        x = self.blocks(self.pos_drop(x + self.pos_embed))
-        if self.pooling == "cls":
-            x = self.norm(x)
-            return Features(pooled=x[:, 0], cls=x[:, 0], patches=x[:, 1:], grid=self.grid)
-        return Features(pooled=self.fc_norm(x.mean(dim=1)), cls=None, patches=x, grid=self.grid)
+            pooled = x[:, 0]
+        elif self.pooling == "map":
+            pooled = self.attn_pool(patches)
+        else:
+            pooled = self.fc_norm(patches.mean(dim=1))
+        if self.pre_logits is not None:
+            pooled = torch.tanh(self.pre_logits(pooled))
+        has_cls = self.cls_token is not None
+        return Features(
+            pooled=pooled,
+            cls=x[:, 0] if has_cls else None,
+            patches=patches,
+            grid=grid,
+            dist=None if self.dist_token is None else x[:, int(has_cls)],
+        )
 
     def no_weight_decay(self) -> frozenset[str]:
-        return frozenset({"pos_embed", "cls_token"} & dict(self.named_parameters()).keys())
+        tokens = ("cls_token", "dist_token", "reg_token", "attn_pool.latent")
+        return frozenset(
+            name
+            for name, _ in self.named_parameters()
+            if name in tokens or name.startswith(("positions.", "relative."))
+        )
 
 
 def resolve_size(
@@ -163,17 +268,21 @@ def resolve_size(
     return VARIANTS[variant]._replace(**{k: v for k, v in given.items() if v is not None})
 
 
-def check_arguments(
-    height: int, width: int, patch_size: int, pooling: str, dropout: float, drop_path: float
-) -> None:
-    if patch_size < 1 or height % patch_size or width % patch_size:
+def check_divisible(height: int, width: int, patch_size: int) -> None:
+    if patch_size < 1 or min(height, width) < 1 or height % patch_size or width % patch_size:
+        fits = [patch_size * max(1, round(n / max(1, patch_size))) for n in (height, width)]
         raise ValueError(
-            f"image_size {height}x{width} is not divisible by patch_size {patch_size}; nearest "
-            f"that fits: {patch_size * max(1, round(height / max(1, patch_size)))}x"
-            f"{patch_size * max(1, round(width / max(1, patch_size)))}"
+            f"image size {height}x{width} is not divisible by patch_size {patch_size}; nearest "
+            f"that fits: {fits[0]}x{fits[1]}"
         )
-    if pooling not in ("cls", "avg"):
-        raise ValueError(f"pooling {pooling!r} is not known; expected 'cls' or 'avg'")
-    for name, rate in (("dropout", dropout), ("drop_path", drop_path)):
+
+
+def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} {value!r} is not known; expected one of {', '.join(known)}")
+
+
+def check_rates(**rates: float) -> None:
+    for name, rate in rates.items():
         if not 0.0 <= rate < 1.0:
             raise ValueError(f"{name} is {rate}; expected a rate in [0, 1)")

@@ -34,7 +34,7 @@ def test_every_parameter_is_in_exactly_one_group() -> None:
     assert all(name.endswith("weight") and "norm" not in name for name in decayed["param_names"])
     rest = {g["name"]: g for g in groups}["no decay"]
     assert rest["weight_decay"] == 0.0
-    assert {"backbone.cls_token", "backbone.pos_embed"} <= set(rest["param_names"])
+    assert {"backbone.cls_token", "backbone.positions.table"} <= set(rest["param_names"])
 
 
 def test_frozen_parameters_are_left_out_and_unknown_names_refused() -> None:

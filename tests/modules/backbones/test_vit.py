@@ -6,7 +6,7 @@ import torch
 
 from modules import weights
 from modules.backbones import Features, ViT, create
-from modules.backbones.vit import check_arguments
+from modules.backbones.vit import check_choice
 from modules.supervised import Classifier
 
 # variant, patch, parameters at 224 px with 1000 classes and at 384 px, and of the backbone alone
@@ -44,7 +44,7 @@ def test_parameter_counts(
 
 def test_average_pooling_saves_the_class_token() -> None:
     with torch.device("meta"):
-        assert count(Classifier(ViT("B", pooling="avg"), 1000)) == 86_566_120
+        assert count(Classifier(ViT("B", pooling="avg", class_token=False), 1000)) == 86_566_120
 
 
 def test_m_is_as_wide_as_deit3_medium() -> None:
@@ -69,7 +69,7 @@ TIMM = [
     (
         "vit_tiny_patch16_224",
         {"global_pool": "avg", "class_token": False},
-        {"variant": "Ti", "pooling": "avg"},
+        {"variant": "Ti", "pooling": "avg", "class_token": False},
     ),
 ]
 
@@ -102,7 +102,9 @@ def test_logits_and_gradients_equal_timm(name: str, timm_args: dict, our_args: d
 @pytest.mark.parametrize("pooling", ["cls", "avg"])
 @pytest.mark.parametrize(("size", "channels", "patch"), [(16, 1, 4), ((8, 24), 5, 8)])
 def test_contract(pooling: str, size: int | tuple[int, int], channels: int, patch: int) -> None:
-    vit = ViT("mu", patch, size, channels, pooling=pooling, drop_path=0.1, dropout=0.1)
+    vit = ViT(
+        "mu", patch, size, channels, pooling, pooling == "cls", drop_path=0.1, dropout=0.1
+    )
     images = torch.randn(3, channels, *vit.image_size)
     features = vit(images)
     assert isinstance(features, Features)
@@ -176,13 +178,15 @@ def test_errors_name_the_value_and_the_fix(arguments: dict, says: str) -> None:
 
 
 def test_unknown_pooling_is_no_silent_average() -> None:
-    with pytest.raises(ValueError, match="pooling 'max' is not known; expected 'cls' or 'avg'"):
-        check_arguments(32, 32, 16, "max", 0.0, 0.0)
+    with pytest.raises(ValueError, match="pooling 'max' is not known; expected one of cls, avg"):
+        check_choice("pooling", "max", ("cls", "avg"))
 
 
 def test_wrong_images_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"\(1, 32, 32\).*built for \(3, 32, 32\)"):
+    with pytest.raises(ValueError, match=r"images of 1 channels reached a ViT built for 3"):
         ViT("mu", image_size=32)(torch.zeros(1, 1, 32, 32))
+    with pytest.raises(ValueError, match=r"32x40 is not divisible by patch_size 16"):
+        ViT("mu", image_size=32)(torch.zeros(1, 3, 32, 40))
 
 
 def test_create_names_the_argument_that_was_meant() -> None:
