@@ -1,0 +1,195 @@
+"""Weights of other code bases in, and ours out.
+
+    read(path)        the tensors of a file, each network in it under its name
+    load(network, …)  into one of our networks, strictly, with a report of what became of each
+    to_timm(network)  under timm's names
+
+A file goes through three steps: it is read without executing anything in it, its keys are
+renamed to ours by the table of the code base that wrote it, position tables are resampled to
+the network's grid. What is then missing or left over is an error unless it is named.
+
+Sources: timm, DeiT, DeiT-III, MAE, DINO (`.pth`, safetensors), Google's vision_transformer and
+big_vision (`.npz`), and checkpoints of this project.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+from torch import nn
+
+from modules.backbones import ViT
+from modules.backbones.positions import Learned1D, Resampling
+from modules.weights.files import State, read
+from modules.weights.names import with_our_names
+from modules.weights.positions import fit_positions
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of every tensor of a file, and of every one of the network."""
+
+    source: str
+    read: tuple[str, ...]
+    renamed: dict[str, tuple[str, ...]]
+    resampled: dict[str, str]
+    dropped: tuple[str, ...]
+    kept: tuple[str, ...]
+
+    def __str__(self) -> str:
+        def some(names: Sequence[str]) -> str:
+            return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+        lines = [f"{self.source}: {len(self.read)} tensors read"]
+        if self.renamed:
+            pairs = [f"{'+'.join(old)} to {new}" for new, old in self.renamed.items()]
+            lines.append(f"  {len(pairs)} of them renamed: {some(pairs)}")
+        for name, how in self.resampled.items():
+            lines.append(f"  {name}: {how}")
+        if self.dropped:
+            lines.append(f"  {len(self.dropped)} of the file dropped: {some(self.dropped)}")
+        if self.kept:
+            lines.append(f"  {len(self.kept)} of the network left as they were: {some(self.kept)}")
+        return "\n".join(lines)
+
+
+def choose(parts: Mapping[str, State], part: str | None, path: str) -> State:
+    """The one network meant, where a file holds several.
+
+    Raises:
+        ValueError: there is no such part, or several and none was named.
+    """
+    if part is None and len(parts) == 1:
+        (only,) = parts.values()
+        return only
+    if part is None:
+        raise ValueError(f"{path} holds several networks: {', '.join(parts)}; name one as part")
+    if part not in parts:
+        raise ValueError(f"{path} holds no part {part!r}; it has {', '.join(parts)}")
+    return parts[part]
+
+
+def load(
+    network: nn.Module,
+    source: str | Path,
+    part: str | None = None,
+    drop: Sequence[str] = (),
+    resample: Resampling = "antialias",
+) -> Report:
+    """Load a published or own checkpoint into a backbone, or a backbone with its head.
+
+    Args:
+        network: a backbone, or a module with one as `backbone` beside its heads.
+        source: a file, or `timm:NAME` for what timm downloads under that name.
+        part: which network of the file, where it holds several (teacher, student, ...).
+        drop: names, or beginnings of names up to a dot, that may be left over in the file, and
+            are left as they are in the network: `head`, `decoder_blocks`.
+        resample: how position tables are brought to the network's grid.
+
+    Raises:
+        ValueError: a file that is refused, tensors missing, left over or of another shape, a
+            name in `drop` that is nowhere.
+    """
+    state, origins = with_our_names(choose(open_source(str(source)), part, str(source)))
+    own = {key.removeprefix("backbone."): key for key in network.state_dict()}
+    for entry in drop:
+        if not any(is_named(key, origins.get(key, ()), (entry,)) for key in {*state, *own}):
+            raise ValueError(f"drop names {entry!r}, but neither {source} nor the network has it")
+    dropped = [key for key in state if is_named(key, origins[key], drop)]
+    kept = [key for key in own if is_named(key, (), drop)]
+    state = {key: tensor for key, tensor in state.items() if key not in dropped}
+    backbone = getattr(network, "backbone", network)
+    resampled: dict[str, str] = {}
+    if isinstance(backbone, ViT):
+        resampled = fit_positions(state, backbone, resample)
+    wanted = {key: network.state_dict()[own[key]] for key in own if key not in kept}
+    check_cover(str(source), state, wanted)
+    network.load_state_dict({own[key]: tensor for key, tensor in state.items()}, strict=not kept)
+    return Report(
+        str(source),
+        read=tuple(state),
+        renamed={new: origins[new] for new in state if origins[new] != (new,)},
+        resampled=resampled,
+        dropped=tuple(dropped),
+        kept=tuple(kept),
+    )
+
+
+def open_source(source: str) -> dict[str, State]:
+    """The networks of a file, or of what timm downloads for `timm:NAME`."""
+    if not source.startswith("timm:"):
+        return read(source)
+    theirs = timm.create_model(source.removeprefix("timm:"), pretrained=True)
+    return {"weights": dict(theirs.state_dict())}
+
+
+def is_named(key: str, origins: Sequence[str], names: Sequence[str]) -> bool:
+    """Whether one of the names is this key, under ours or theirs, or the beginning of it."""
+    return any(
+        one == name or one.startswith((f"{name}.", f"{name}/"))
+        for one in (key, *origins)
+        for name in names
+    )
+
+
+def check_cover(source: str, state: State, wanted: State) -> None:
+    """Raise where a file does not cover a network, and say all that is wrong at once."""
+    problems = []
+    for title, found in (
+        ("the file lacks", [key for key in wanted if key not in state]),
+        ("the network has no place for", [key for key in state if key not in wanted]),
+        (
+            "of another shape:",
+            [
+                f"{key} is {list(state[key].shape)} in the file, {list(wanted[key].shape)} here"
+                for key in wanted
+                if key in state and state[key].shape != wanted[key].shape
+            ],
+        ),
+    ):
+        if found:
+            more = f", and {len(found) - 8} more" if len(found) > 8 else ""
+            problems.append(f"{title} {', '.join(found[:8])}{more}")
+    if problems:
+        raise ValueError(
+            f"{source} does not fit the network, and nothing was loaded: {'; '.join(problems)}. "
+            f"Set the backbone's options to what the file holds (`patchlight inspect` shows "
+            f"them), or name what is meant to be left out (drop)"
+        )
+
+
+def to_timm(network: nn.Module) -> State:
+    """The weights of a ViT, or of a ViT with its heads, under timm's names.
+
+    Fixed and two-dimensional positions become one table; a residual scale goes into the weights
+    of its branch. What is loaded from them gives equal outputs.
+
+    Raises:
+        ValueError: no ViT, or parts that timm's has not: pre-logits, relative positions,
+            positions at every block.
+    """
+    vit = getattr(network, "backbone", network)
+    if not isinstance(vit, ViT):
+        raise ValueError(f"{type(vit).__name__} has no counterpart among timm's ViTs")
+    lacks = {
+        "pre_logits": vit.pre_logits is not None,
+        "relative positions": vit.relative is not None,
+        f"positions at {vit.inject} block": vit.positions is not None and vit.inject != "stem",
+    }
+    if any(lacks.values()):
+        names = ", ".join(name for name, has in lacks.items() if has)
+        raise ValueError(f"timm's ViT has no {names}, so these weights cannot be its")
+    state = {key.removeprefix("backbone."): t.detach() for key, t in network.state_dict().items()}
+    state = {key: tensor for key, tensor in state.items() if not key.startswith("positions.")}
+    if isinstance(vit.positions, Learned1D):
+        state["pos_embed"] = vit.positions.table.detach()
+    elif vit.positions is not None:
+        state["pos_embed"] = vit.positions(vit.grid).detach()
+    for i, block in enumerate(vit.blocks):
+        for name in ("attn.proj", "mlp.fc2"):
+            for leaf in ("weight", "bias"):
+                state[f"blocks.{i}.{name}.{leaf}"] = (
+                    state[f"blocks.{i}.{name}.{leaf}"] / block.residual_scale
+                )
+    return {key: tensor.contiguous().clone() for key, tensor in state.items()}

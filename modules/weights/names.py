@@ -1,0 +1,104 @@
+"""Names of tensors in other code bases, and ours."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from modules.weights.files import State
+
+Origins = dict[str, tuple[str, ...]]
+
+# Names of other code bases, as regular expressions, and ours. What is not here is alike.
+RENAMED = (
+    (r"^pos_embed$", "positions.table"),
+    (r"\.gamma_([12])$", r".ls\1.gamma"),  # DeiT-III
+    (r"^pre_logits\.fc\.", "pre_logits."),  # timm before 0.6
+)
+GOOGLE = (
+    (r"^(opt\.target\.|params\.)?(img\.)?", ""),
+    (r"^embedding\.", "patch_embed.proj."),
+    (r"^cls$", "cls_token"),
+    (r"^(Transformer\.posembed_input\.)?pos_embedding$", "positions.table"),
+    (r"^Transformer\.encoderblock_(\d+)\.", r"blocks.\1."),
+    (r"^Transformer\.encoder_norm\.", "norm."),
+    (r"^MAPHead_0\.probe$", "attn_pool.latent"),
+    (r"^MAPHead_0\.LayerNorm_0\.", "attn_pool.norm."),
+    (r"^MAPHead_0\.MultiHeadDotProductAttention_0\.", "attn_pool."),
+    (r"^MAPHead_0\.", "attn_pool."),
+    (r"\.LayerNorm_0\.", ".norm1."),
+    (r"\.LayerNorm_[12]\.", ".norm2."),
+    (r"\.MultiHeadDotProductAttention_[01]\.", ".attn."),
+    (r"\.MlpBlock_[03]\.Dense_0\.", ".mlp.fc1."),
+    (r"\.MlpBlock_[03]\.Dense_1\.", ".mlp.fc2."),
+    (r"\.out\.(kernel|bias)$", r".proj.\1"),
+)
+
+
+def rename(name: str, table: Iterable[tuple[str, Any]]) -> str:
+    for pattern, new in table:
+        name = re.sub(pattern, new, name)
+    return name
+
+
+def is_google(state: Mapping[str, Any]) -> bool:
+    return any("/" in name for name in state)
+
+
+def with_our_names(state: State) -> tuple[State, Origins]:
+    """The tensors under our names, and for each the names it had."""
+    if is_google(state):
+        return from_google(state)
+    origins: Origins = {rename(name, RENAMED): (name,) for name in state}
+    return {ours: state[theirs[0]] for ours, theirs in origins.items()}, origins
+
+
+def from_google(arrays: State) -> tuple[State, Origins]:
+    """Google's arrays (vision_transformer, big_vision) as ours, in both file layouts.
+
+    Kernels are [in, out] there, those of patches [height, width, in, out], of attention
+    [in, heads, head] and [heads, head, out]. A scanned encoder has one array for all blocks.
+    """
+    state: State = {}
+    origins: Origins = {}
+    for original, tensor in unscanned(arrays):
+        name = rename(original.replace("/", "."), GOOGLE)
+        module, _, leaf = name.rpartition(".")
+        is_projection = module.endswith((".query", ".key", ".value"))
+        if leaf == "kernel" and is_projection:
+            tensor = rearrange(tensor, "d h e -> (h e) d")
+        elif leaf == "kernel" and tensor.ndim == 4:
+            tensor = rearrange(tensor, "height width c d -> d c height width")
+        elif leaf == "kernel":
+            tensor = tensor.flatten(0, -2).T
+        elif is_projection:
+            tensor = tensor.flatten()
+        name = re.sub(r"\.(kernel|scale)$", ".weight", name)
+        state[name], origins[name] = tensor.contiguous(), (original,)
+    for name in [name for name in state if ".query." in name]:
+        # Ours are stacked: q, k and v in a block; k and v in the pool, whose query is learned.
+        pool = name.startswith("attn_pool.")
+        stacks = (
+            (("q", ("query",)), ("kv", ("key", "value")))
+            if pool
+            else (("qkv", ("query", "key", "value")),)
+        )
+        for new, parts in stacks:
+            old = [name.replace(".query.", f".{part}.") for part in parts]
+            target = name.replace(".query.", f".{new}.")
+            state[target] = torch.cat([state.pop(part) for part in old])
+            origins[target] = tuple(origin for part in old for origin in origins.pop(part))
+    return state, origins
+
+
+def unscanned(arrays: State) -> Iterable[tuple[str, Tensor]]:
+    """Arrays by name; one that holds a scanned encoder's blocks is cut into them."""
+    for name, array in arrays.items():
+        if "encoderblock/" not in name:
+            yield name, array
+            continue
+        for i, part in enumerate(array):
+            yield name.replace("encoderblock/", f"encoderblock_{i}/"), part
