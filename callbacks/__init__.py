@@ -2,16 +2,16 @@
 
 checkpoint.py   Checkpoint      last.ckpt and best.ckpt, written atomically
 ema.py          EMA             averages of networks, once an optimizer step
-monitors.py     Throughput      images per second
+monitors.py     FiniteLoss      stops a run that diverged
+                Throughput      images per second
 pictures.py     AugmentedBatch  the batch as the network sees it
-record.py       RunRecord       resolved config and library versions beside a run
 seeding.py      StepSeed        one seed a step
 """
 
 from callbacks.checkpoint import Checkpoint
 from callbacks.ema import EMA
-from callbacks.monitors import Throughput
+from callbacks.monitors import FiniteLoss, Throughput
 from callbacks.pictures import AugmentedBatch
 from callbacks.seeding import StepSeed
 
-__all__ = ["EMA", "AugmentedBatch", "Checkpoint", "StepSeed", "Throughput"]
+__all__ = ["EMA", "AugmentedBatch", "Checkpoint", "FiniteLoss", "StepSeed", "Throughput"]

@@ -4,6 +4,7 @@ A run directory holds `checkpoints/last.ckpt`, from which the run goes on bit by
 had not stopped, and `checkpoints/best.ckpt`, the best by the monitored metric.
 """
 
+import math
 import os
 import pickle
 import zipfile
@@ -162,6 +163,9 @@ class Checkpoint(CheckpointBase):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         directory = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
         self.directory = Path(trainer.strategy.broadcast(str(directory)))
+        if stage == "fit" and trainer.is_global_zero:
+            for left in self.directory.glob(".*.ckpt.*.tmp"):  # by a process killed while writing
+                left.unlink(missing_ok=True)
 
     def save(self, trainer: Trainer, name: str) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -192,6 +196,8 @@ class Checkpoint(CheckpointBase):
                 f"{', '.join(sorted(metrics)) or 'nothing'}; name one of these, or null"
             )
         value = float(metrics[self.monitor])
+        if math.isnan(value):
+            return
         if self.best is None or (value > self.best if self.mode == "max" else value < self.best):
             self.best, self.best_step = value, trainer.global_step
             self.save(trainer, "best.ckpt")
@@ -202,8 +208,12 @@ class Checkpoint(CheckpointBase):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        # A signal that came after this step's hooks: the step is complete, so it can be kept.
-        if isinstance(exception, SIGTERMException) and trainer.global_step > self.saved_step:
+        # A signal that came after a step's hooks: the step is complete, so it can be kept, unless
+        # gradients of a micro-batch after it are waiting, which no checkpoint holds.
+        stepped = (
+            trainer.global_step > self.saved_step and not trainer.fit_loop._should_accumulate()
+        )
+        if isinstance(exception, SIGTERMException) and stepped:
             try:
                 self.save_last(trainer)
             except OSError as error:

@@ -3,7 +3,41 @@
 import time
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+
+class FiniteLoss(Callback):
+    """Stops a run whose loss is infinite or no number, before it replaces a good checkpoint.
+
+    Every step is looked at on the device; the host asks at log points and before a save.
+    """
+
+    def __init__(self) -> None:
+        self.is_bad: Tensor | None = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        is_bad = ~torch.isfinite(outputs["loss"].detach())
+        self.is_bad = is_bad if self.is_bad is None else self.is_bad | is_bad
+        if trainer._logger_connector.should_update_logs:
+            self.check(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.check(trainer)
+
+    def check(self, trainer: Trainer) -> None:
+        is_bad = self.is_bad is not None and bool(self.is_bad)
+        if trainer.strategy.reduce_boolean_decision(is_bad, all=False):
+            raise ValueError(
+                f"the training loss is infinite or not a number at step {trainer.global_step}; "
+                f"last.ckpt is older and stays. Lower the learning rate, or set "
+                f"optimizer.clip_norm or a longer warm-up"
+            )
 
 
 class Throughput(Callback):

@@ -18,7 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from rich.table import Table
 
 from datamodules.folder import Folder, decode
-from datamodules.sources import BadImageError, Split
+from datamodules.index import Index, open_index
+from datamodules.sources import BadImageError
 
 
 class Finding(NamedTuple):
@@ -58,19 +59,48 @@ class SplitReport:
         self.digests.setdefault(finding.digest, finding.name)
 
 
-FOLDERS: dict[Split, Folder] = {}  # of a worker, given once: an index is too large for each task
+@dataclass(frozen=True)
+class Everything:
+    """All images of a folder that training would refuse as it is."""
+
+    index: Index
+    channels: int = 3
+    labelled: bool = True
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.index.names
+
+    @property
+    def rows(self) -> np.ndarray:
+        return np.arange(len(self.index))
+
+    @property
+    def ids(self) -> np.ndarray:
+        return np.arange(len(self.index.names))
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def describe(self, index: int) -> str:
+        return str(self.index.root / self.index.relative(index))
 
 
-def remember(folders: dict[Split, Folder]) -> None:
+Folders = dict[str, Folder | Everything]
+FOLDERS: Folders = {}  # of a worker, given once: an index is too large for each task
+
+
+def remember(folders: Folders) -> None:
     FOLDERS.update(folders)
 
 
-def examine(split: Split, index: int) -> Finding:
+def examine(split: str, index: int) -> Finding:
     """Decode one image of `FOLDERS` completely."""
     folder = FOLDERS[split]
     name = folder.describe(index)
     row = int(folder.rows[index])
-    label = int(folder.ids[folder.index.groups[row]]) if folder.labelled else -1
+    group = int(folder.index.groups[row])
+    label = int(folder.ids[group]) if folder.labelled and group >= 0 else -1
     try:
         image = decode(Path(name), folder.channels)
         with Image.open(name) as opened:
@@ -83,12 +113,16 @@ def examine(split: Split, index: int) -> Finding:
     return Finding(name, label, image.shape[0], image.shape[1], mode, digest)
 
 
-def check_folder(root: str, workers: int | None = None) -> dict[Split, SplitReport]:
-    """Decode every image below `root`, as source `folder` would see it, in both splits."""
-    folders: dict[Split, Folder] = {
-        "train": Folder("train", root, 3),
-        "val": Folder("val", root, 3),
-    }
+def open_folders(root: str) -> tuple[Folders, str | None]:
+    """Both splits as source `folder` has them; or all images, and why it would refuse them."""
+    try:
+        return {"train": Folder("train", root, 3), "val": Folder("val", root, 3)}, None
+    except ValueError as error:
+        return {"all": Everything(open_index(Path(root)))}, str(error)
+
+
+def check_folders(folders: Folders, workers: int | None = None) -> dict[str, SplitReport]:
+    """Decode every image of every split."""
     total = sum(len(folder) for folder in folders.values())
     columns = ("decoding", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
@@ -97,7 +131,7 @@ def check_folder(root: str, workers: int | None = None) -> dict[Split, SplitRepo
         Progress(*columns, console=console, transient=True) as progress,
     ):
         task = progress.add_task("", total=total)
-        reports: dict[Split, SplitReport] = {}
+        reports: dict[str, SplitReport] = {}
         for split, folder in folders.items():
             report = SplitReport(tuple(folder.class_names), folder.index.skipped)
             rows = range(len(folder))
@@ -133,7 +167,7 @@ def describe_classes(report: SplitReport) -> str:
     )
 
 
-def show(reports: dict[Split, SplitReport], console: Console) -> None:
+def show(reports: dict[str, SplitReport], console: Console) -> None:
     table = Table("", *reports, title="images that can be read")
     rows = {
         "images": [f"{sum(r.labels.values()):,}" for r in reports.values()],
@@ -153,6 +187,8 @@ def show(reports: dict[Split, SplitReport], console: Console) -> None:
         for name, reason in report.problems:
             said = printable(f"unreadable: {name} ({reason})")
             console.print(said, markup=False, soft_wrap=True)
+    if "val" not in reports:
+        return
     both = reports["train"].digests.keys() & reports["val"].digests.keys()
     for digest in sorted(both, key=lambda d: reports["val"].digests[d])[:20]:
         names = " and ".join(reports[split].digests[digest] for split in reports)
@@ -172,12 +208,15 @@ def main(argv: Sequence[str]) -> int:
     given = parser.parse_args(argv)
     console = Console()
     try:
-        reports = check_folder(given.dir, given.workers)
+        folders, refused = open_folders(given.dir)
     except ValueError as error:
         console.print(f"patchlight: {error}", markup=False)
         return 2
+    reports = check_folders(folders, given.workers)
     show(reports, console)
+    if refused is not None:
+        console.print(f"training would refuse this: {refused}", markup=False, soft_wrap=True)
     problems = [name for report in reports.values() for name, _ in report.problems]
     if given.bad_list is not None:
         given.bad_list.write_bytes(b"".join(os.fsencode(name) + b"\n" for name in problems))
-    return 1 if problems else 0
+    return 1 if problems or refused is not None else 0

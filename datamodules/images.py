@@ -136,6 +136,7 @@ class ImageDataModule(LightningDataModule):
             if channels != 3:
                 raise ValueError(f"rand_augment needs 3 channels, but channels is {channels}")
             self.rand_augment = make_rand_augment(rand_augment, tuple(round(255 * m) for m in mean))
+        self.order: dict[str, int] = {}
         self.unreadable: dict[Split, Unreadable] = {"train": Unreadable(), "val": Unreadable()}
 
     def check_arguments(self) -> None:
@@ -182,6 +183,8 @@ class ImageDataModule(LightningDataModule):
                 "trainer.use_distributed_sampler to false"
             )
         self.seed = run_seed()
+        # All ranks have to ask for it together, so not when one of them meets a bad image.
+        self.log_dir = None if trainer is None else trainer.log_dir
         self.train_source, self.val_source = self.open("train"), self.open("val")
         self.class_names = tuple(self.train_source.class_names)
 
@@ -196,6 +199,13 @@ class ImageDataModule(LightningDataModule):
         length = len(TrainBatches(*size))
         per_epoch = min(length, limit) if isinstance(limit, int) else int(length * limit)
         sampler = TrainBatches(*size, batches_done, max(1, per_epoch))
+        self.check_resumed(
+            {
+                "images": len(self.train_source),
+                "images in a global batch": self.batch_size * world_size,
+                "batches in an epoch": per_epoch,
+            }
+        )
         geometry = TrainGeometry(
             self.image_size,
             self.crop_scale,
@@ -205,6 +215,17 @@ class ImageDataModule(LightningDataModule):
             self.rand_augment,
         )
         return self.loader(self.train_source, geometry, sampler)
+
+    def check_resumed(self, order: dict[str, int]) -> None:
+        """A run goes on where its batch counter stands, which has to count the same batches."""
+        for name, now in order.items():
+            before = self.order.get(name, now)
+            if before != now:
+                raise ValueError(
+                    f"the run that is resumed had {before} {name}, now there are {now}, so its "
+                    f"place in the data is lost; resume it as it was, or start a new run"
+                )
+        self.order = order
 
     def val_dataloader(self) -> DataLoader[ImageBatch]:
         rank, world_size = 0, 1
@@ -236,7 +257,7 @@ class ImageDataModule(LightningDataModule):
         self.unreadable["train" if training else "val"].add(
             [source.describe(i) for i in batch.indices[batch.is_replaced].tolist()],
             limit=self.max_bad * len(source),
-            directory=self.trainer.log_dir,
+            directory=self.log_dir,
             rank=self.trainer.global_rank,
         )
         # What replaces an image is fine to train on, but must not count in an evaluation.
@@ -252,8 +273,10 @@ class ImageDataModule(LightningDataModule):
         return self.mixing(batch) if self.mixing else batch
 
     def state_dict(self) -> dict[str, Any]:
-        return {split: unreadable.names for split, unreadable in self.unreadable.items()}
+        names = {str(split): unreadable.names for split, unreadable in self.unreadable.items()}
+        return {"order": self.order, **names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.order = dict(state_dict.get("order", {}))
         for split, unreadable in self.unreadable.items():
             unreadable.names = list(state_dict[split])

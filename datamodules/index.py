@@ -165,6 +165,12 @@ def read_list(path: Path) -> tuple[Entries, list[tuple[str, Any]], int]:
         labelled = has_label
         entries.append((os.fsencode(row[0]), row[1] if has_label else ""))
     refuse_header(path, entries)
+    first = [os.fsdecode(entry[0]) for entry in entries[:100]]
+    if first and not any((path.parent / name).exists() for name in first):
+        raise ValueError(
+            f"none of the first {len(first)} images of {path} exists; paths are relative to the "
+            f"list, so the first should be {path.parent / first[0]}"
+        )
     return entries, [(str(path), stamp(path))], 0
 
 

@@ -87,6 +87,7 @@ class TrainBatches(Sampler[list[Sample]]):
             batches_done, min(self.length, batches_per_epoch or self.length)
         )
         self.epoch = self.first_epoch
+        self.ahead: int | None = None if batches_done else 0
 
     @property
     def sampler(self) -> "TrainBatches":
@@ -94,7 +95,11 @@ class TrainBatches(Sampler[list[Sample]]):
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        # After a run that `max_steps` ended within an epoch, the trainer counts one more than the
+        # batches that were taken; the batches are right.
+        if self.ahead is None:
+            self.ahead = epoch - self.first_epoch
+        self.epoch = epoch - self.ahead
 
     def __len__(self) -> int:
         return self.length

@@ -28,7 +28,8 @@ class Unreadable:
         )
         if directory is not None:
             Path(directory).mkdir(parents=True, exist_ok=True)
-            with (Path(directory) / f"unreadable-{rank}.txt").open("a", encoding="utf-8") as file:
+            path = Path(directory) / f"unreadable-{rank}.txt"
+            with path.open("a", encoding="utf-8", errors="surrogateescape") as file:
                 file.writelines(f"{name}\n" for name in new)
         if len(self.names) > limit:
             raise ValueError(

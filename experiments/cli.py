@@ -30,13 +30,14 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import modules  # noqa: F401 - registers the methods and limits what a config may name
 from callbacks.checkpoint import AtomicCheckpointIO, Checkpoint, read_checkpoint
-from callbacks.monitors import Throughput
+from callbacks.monitors import FiniteLoss, Throughput
 from callbacks.pictures import AugmentedBatch
 from callbacks.seeding import StepSeed
 from datamodules.check import main as check_data
 
 EXPERIMENTS = Path(__file__).parent
 BASE = EXPERIMENTS / "base.yaml"
+ROOMS = ("experiments", "modules", "callbacks", "datamodules")
 STOPPED = 143  # the exit code of a process that ended on SIGTERM: the run is not finished
 LIBRARIES = (
     *("patchlight", "torch", "torchvision", "lightning", "timm", "einops", "numpy", "pillow"),
@@ -78,8 +79,10 @@ class RunRecord(SaveConfigCallback):
         super().__init__(parser, config, overwrite=True, **kwargs)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if trainer.log_dir is not None:
-            (Path(trainer.log_dir) / "versions.txt").write_text(versions(), encoding="utf-8")
+        # Only rank 0 comes here, so not `trainer.log_dir`, which all ranks have to ask for.
+        log_dir = trainer.loggers[0].log_dir if trainer.loggers else None
+        path = Path(log_dir or trainer.default_root_dir) / "versions.txt"
+        path.write_text(versions(), encoding="utf-8")
 
 
 def recipe_name(configs: Any) -> str:
@@ -132,7 +135,7 @@ class PatchlightCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         given = self._get(self.config_init, "trainer")
-        callbacks: list[Any] = [StepSeed(), Throughput(), AugmentedBatch()]
+        callbacks: list[Any] = [StepSeed(), FiniteLoss(), Throughput(), AugmentedBatch()]
         if given.get("enable_progress_bar") is not False:
             callbacks.append(RichProgressBar(leave=False))
         kwargs["callbacks"] = [*(given.get("callbacks") or []), *callbacks]
@@ -155,6 +158,12 @@ class PatchlightCLI(LightningCLI):
         return TensorBoardLogger(
             self.resume.parent, "", self.resume.name, default_hp_metric=False, purge_step=step
         )
+
+    def before_validate(self) -> None:
+        if self._get(self.config, "ckpt_path") is None:
+            raise ValueError(
+                "validate needs the weights to evaluate: --ckpt_path RUN/checkpoints/best.ckpt"
+            )
 
     def after_fit(self) -> None:
         announce_end(self.trainer)
@@ -226,14 +235,21 @@ def quiet() -> None:
     )
 
 
-def raised_by_us(error: BaseException) -> bool:
-    """Whether one of our own checks raised it: its message says all, a traceback nothing more."""
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    return last is not None and Path(last.tb_frame.f_code.co_filename).is_relative_to(
-        EXPERIMENTS.parent
-    )
+def raised_by_us(error: BaseException | None) -> BaseException | None:
+    """The error of one of our own checks, be it this one or one that led to it.
+
+    Its message says all, and a traceback would only hide it.
+    """
+    while error is not None:
+        last = error.__traceback__
+        while last is not None and last.tb_next is not None:
+            last = last.tb_next
+        if last is not None and isinstance(error, ValueError | FileNotFoundError):
+            file = Path(last.tb_frame.f_code.co_filename)
+            if any(file.is_relative_to(EXPERIMENTS.parent / room) for room in ROOMS):
+                return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def main() -> int:
@@ -255,10 +271,11 @@ def main() -> int:
     except SIGTERMException:
         print_once("stopped by SIGTERM; `patchlight fit --resume RUN` goes on from its last.ckpt")
         return STOPPED
-    except ValueError as error:
-        if not raised_by_us(error):
+    except Exception as error:
+        ours = raised_by_us(error)
+        if ours is None:
             raise
-        print(f"patchlight: {error}", file=sys.stderr)
+        print(f"patchlight: {ours}", file=sys.stderr)
         return 1
     return 0
 

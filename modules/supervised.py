@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from callbacks.ema import EMA, Average
@@ -113,6 +114,17 @@ class Supervised(LightningModule):
                 f"{self.num_classes}; set it to {len(names)}"
             )
 
+        if names is not None and len(names) < self.num_classes:
+            rank_zero_warn(
+                f"the data has {len(names)} classes, but model.num_classes is {self.num_classes}: "
+                f"some outputs are never right"
+            )
+        if self.trainer.precision not in ("32-true", "bf16-mixed", "16-mixed"):
+            raise ValueError(
+                f"trainer.precision is {self.trainer.precision!r}; expected 32-true, bf16-mixed "
+                f"or 16-mixed, which keep the weights in float32"
+            )
+
     def train(self, mode: bool = True) -> "Supervised":
         super().train(mode)
         if self.averaged is not None:
@@ -126,7 +138,7 @@ class Supervised(LightningModule):
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Float[Tensor, ""]:
         targets = soft_targets(batch, self.num_classes, self.label_smoothing)
         loss = soft_cross_entropy(self(batch.images), targets).mean()
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.labels))
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.labels), sync_dist=True)
         return loss
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:

@@ -33,6 +33,12 @@ def test_it_opens_with_the_two_lines() -> None:
     assert "grep -m1 '^pip install -e \\. &&' README.md" in ci
 
 
+def test_every_link_leads_somewhere_and_no_figure_is_missing() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+    assert not re.search(r"[A-Z]+_[A-Z]+", README.replace("PATCHLIGHT_CACHE", ""))
+
+
 def test_nothing_is_left_out_here() -> None:
     tested = ("pip", "mkdir -p data/Fashion", "patchlight check-data", "patchlight validate")
     for line in COMMANDS:

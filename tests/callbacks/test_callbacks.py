@@ -1,11 +1,16 @@
 """Seeding, pictures, averages."""
 
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 from torch import nn
 
+from callbacks import Checkpoint, FiniteLoss
+from callbacks.checkpoint import read_checkpoint
 from callbacks.ema import Average, advance
 from callbacks.pictures import for_display
 from tests import small
@@ -51,3 +56,34 @@ def test_pictures_are_grids_in_zero_to_one() -> None:
     assert grid.shape == (3, 2 * 5 + 1, 5 * 7 + 1)
     assert grid.min() == 0.0
     assert grid.max() == 1.0
+
+
+def test_a_run_that_diverges_stops_and_keeps_what_it_had(tmp_path: Path) -> None:
+    class Spoil(Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
+            if trainer.global_step == 6:
+                with torch.no_grad():
+                    module.classifier.head.weight.fill_(float("nan"))
+
+    run = small.trainer(tmp_path, Spoil(), FiniteLoss(), log_every_n_steps=100)
+    with pytest.raises(
+        ValueError, match=r"infinite or not a number at step 7; last\.ckpt is older"
+    ):
+        run.fit(small.method(), small.data())
+    kept = read_checkpoint(next(tmp_path.rglob("last.ckpt")))
+    assert kept["global_step"] == 6
+    assert torch.isfinite(kept["state_dict"]["classifier.head.weight"]).all()
+
+
+def test_no_number_is_never_the_best(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(monitor="val/loss", mode="min")
+    values = iter((float("nan"), 2.0, float("nan"), 1.0))
+    trainer = Mock(spec=Trainer, fast_dev_run=True, sanity_checking=False, global_step=1)
+    trainer.state = Mock(fn="fit")
+    checkpoint.directory = tmp_path
+    seen = []
+    for value in values:
+        trainer.callback_metrics = {"val/loss": torch.tensor(value)}
+        checkpoint.on_validation_end(trainer, small.method())
+        seen.append(checkpoint.best)
+    assert seen == [None, 2.0, 2.0, 1.0]

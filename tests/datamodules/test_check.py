@@ -4,8 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from datamodules.check import check_folder, main
+from datamodules.check import check_folders, main, open_folders
 from datamodules.folder import Folder
 from tests.datamodules.test_folder import tree, write
 
@@ -39,7 +40,7 @@ def test_bad_images_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     tree(tmp_path / "train", count=8)
     tree(tmp_path / "val", count=2)
     bad = spoil(tmp_path)
-    reports = check_folder(str(tmp_path), workers=1)
+    reports = check_folders(open_folders(str(tmp_path))[0], workers=1)
     assert [name for r in reports.values() for name, _ in r.problems] == bad
     assert sum(reports["train"].labels.values()) == 16
     listed = tmp_path / "bad.txt"
@@ -78,10 +79,22 @@ def test_the_index_is_not_sent_with_every_image(
         return reduce(self, protocol)
 
     monkeypatch.setattr(Folder, "__reduce_ex__", counted)
-    assert len(check_folder(str(tmp_path), workers=1)) == 2
+    assert len(check_folders(open_folders(str(tmp_path))[0], workers=1)) == 2
     assert len(pickled) <= 2  # for the worker, not for each of the ten tasks
 
 
 def test_nothing_to_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "nowhere")]) == 2
     assert "does not exist" in capsys.readouterr().out
+
+
+def test_a_folder_that_training_would_refuse_is_still_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i in range(3):  # too few to hold any out
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    (tmp_path / "0.png").write_bytes(b"garbage")
+    assert main([str(tmp_path), "--workers", "1"]) == 1
+    said = capsys.readouterr().out
+    assert f"unreadable: {tmp_path / '0.png'}" in said
+    assert "training would refuse this: of the 3 images" in said

@@ -262,6 +262,7 @@ def test_missing_and_empty_roots(tmp_path: Path) -> None:
 
 def test_a_list_is_read_again_when_its_content_differs(tmp_path: Path) -> None:
     listed = tmp_path / "a.csv"
+    (tmp_path / "0.png").touch()
     listed.write_text("0.png,1\n1.png,1\n")
     before = listed.stat()
     assert open_index(listed).groups.tolist() == [1, 1]
@@ -293,3 +294,10 @@ def test_an_index_renewed_by_another_process_is_no_error(tmp_path: Path, cache: 
     for arrays in (cache / "index").glob("*-*"):
         shutil.rmtree(arrays)  # between reading the pointer and mapping the arrays
     assert len(open_index(root)) == 7
+
+
+def test_a_list_in_the_wrong_place_is_told_apart_from_bad_images(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("a/0.png cat\na/1.png dog\n")
+    expected = rf"none of the first 2 images .*the first should be {tmp_path}/a/0.png"
+    with pytest.raises(ValueError, match=expected):
+        Folder("train", str(tmp_path / "list.txt"), 3)

@@ -1,5 +1,6 @@
 """The data module: what reaches a method, and what becomes of images that cannot be read."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +169,47 @@ def test_unlabelled_data_is_refused(tmp_path: Path) -> None:
 def test_wrong_options(arguments: dict, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         small.data(**arguments)
+
+
+def test_names_that_are_no_utf8_are_listed_too(tmp_path: Path, spoiled: Path) -> None:
+    odd = os.fsencode(spoiled / "train" / "cat") + b"/\xe9.png"
+    Path(os.fsdecode(odd)).write_bytes(b"garbage")
+    with pytest.warns(UserWarning, match="could not be read"):
+        batches(tmp_path, folder(spoiled), limit_train_batches=1.0, limit_val_batches=0)
+    listed = (tmp_path / "run" / "run" / "version_0" / "unreadable-0.txt").read_bytes()
+    assert odd in listed.splitlines()
+
+
+class Straight(Seen):
+    """The images of every training batch, in order."""
+
+    @property
+    def order(self) -> list[list[int]]:
+        return [batch.indices.tolist() for batch in self.train]
+
+
+def test_a_run_that_max_steps_ended_goes_on_with_the_next_batch(tmp_path: Path) -> None:
+    data = {"batch_size": 300}  # four batches of 1,437 digits
+    whole, first, second = Straight(), Straight(), Straight()
+    every = {"limit_train_batches": 1.0, "max_epochs": -1}
+    small.trainer(tmp_path / "a", whole, **every, max_steps=12).fit(
+        small.method(), small.data(**data)
+    )
+    small.trainer(tmp_path / "b", first, **every, max_steps=3).fit(
+        small.method(), small.data(**data)
+    )
+    last = next((tmp_path / "b").rglob("last.ckpt"))
+    small.trainer(tmp_path / "c", second, **every, max_steps=12).fit(
+        small.method(), small.data(**data), ckpt_path=last, weights_only=True
+    )
+    assert first.order + second.order == whole.order
+    assert len(whole.order) == 12
+
+
+def test_a_resumed_run_keeps_its_batches(tmp_path: Path) -> None:
+    small.trainer(tmp_path / "a", max_epochs=1).fit(small.method(), small.data())
+    last = next((tmp_path / "a").rglob("last.ckpt"))
+    with pytest.raises(ValueError, match="had 8 images in a global batch, now there are 4"):
+        small.trainer(tmp_path / "b", max_epochs=2).fit(
+            small.method(), small.data(batch_size=4), ckpt_path=last, weights_only=True
+        )

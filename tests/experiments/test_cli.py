@@ -7,7 +7,8 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.runs import TINY, only_run, patchlight
+from experiments.cli import raised_by_us
+from tests.runs import ROOT, TINY, only_run, patchlight
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,8 @@ def test_config_cannot_import_what_is_not_ours(tmp_path: Path, text: str) -> Non
         (["--trainer.gradient_clip_val=1.0"], "set optimizer.clip_norm"),
         (["--data.init_args.source=folder", "--data.init_args.source_args={}"], "root"),
         (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
+        (["--data.init_args.channels=3"], "need one number for each of the 3 channel(s)"),
+        (["--trainer.precision=bf16-true"], "precision is 'bf16-true'; expected 32-true"),
     ],
 )
 def test_bad_input_stops_before_the_first_step(
@@ -114,7 +117,35 @@ def test_bad_input_stops_before_the_first_step(
     done = patchlight("fit", *TINY, *arguments, cwd=tmp_path)
     assert done.returncode != 0
     assert says in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.slow
+def test_validate_names_the_weights(finished: tuple[Path, str], tmp_path: Path) -> None:
+    config = str(finished[0] / "config.yaml")
+    done = patchlight("validate", "--config", config, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "--ckpt_path RUN/checkpoints/best.ckpt" in done.stderr
+    assert "val/" not in done.stdout
+
+
+def test_only_our_own_checks_are_told_without_a_traceback(tmp_path: Path) -> None:
+    def error_in(path: Path) -> ValueError:
+        code = compile("raise ValueError('deep')", str(path), "exec")
+        try:
+            exec(code)
+        except ValueError as error:
+            return error
+        raise AssertionError
+
+    room = ROOT / "modules" / "somewhere.py"
+    ours, foreign = error_in(room), error_in(ROOT / ".venv" / "lib" / "torch" / "x.py")
+    assert raised_by_us(ours) is ours
+    assert raised_by_us(foreign) is None
+    wrapped = TypeError("does not validate")
+    wrapped.__cause__ = ours
+    assert raised_by_us(wrapped) is ours
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.datamodules.test_folder import tree
 from tests.runs import TINY, differences, last_checkpoint, only_run, patchlight
 
 
@@ -55,6 +56,46 @@ def test_sigterm_writes_a_checkpoint_and_leaves_without_a_traceback(
     done = patchlight("fit", "--resume", str(run), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert same_end(run, uninterrupted) == []
+
+
+@pytest.mark.slow
+def test_sigterm_between_two_micro_batches_loses_no_gradient(tmp_path: Path) -> None:
+    pairs = ["--trainer.accumulate_grad_batches=2", "--checkpoint.every_n_steps=1000"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    for directory in (whole, stopped):
+        directory.mkdir()
+    assert patchlight("fit", *TINY, *pairs, cwd=whole).returncode == 0
+    term = {"kill_at": 7, "with_signal": signal.SIGTERM}  # the third of an epoch of five
+    assert patchlight("fit", *TINY, *pairs, cwd=stopped, **term).returncode == 143
+    run = only_run(stopped)
+    assert last_checkpoint(run)["global_step"] == 3  # that of the epoch before
+    done = patchlight("fit", "--resume", str(run), cwd=stopped)
+    assert done.returncode == 0, done.stderr
+    assert same_end(run, only_run(whole)) == []
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_resume(tmp_path: Path) -> None:
+    """Two ranks of one image take the steps of one rank of two; a bad image hangs none of them."""
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.init_args.batch_size=2"]
+    done = patchlight("fit", *TINY, *two, "--trainer.max_epochs=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = only_run(tmp_path)
+    done = patchlight("fit", "--resume", str(run), "--trainer.max_epochs=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert last_checkpoint(run)["global_step"] == 10
+    assert (run / "versions.txt").is_file()
+
+    images = tree(tmp_path / "images", count=20)
+    (images / "cat" / "003.png").write_bytes(b"garbage")
+    folder = ["--data.init_args.source=folder", f"--data.init_args.root={images}"]
+    folder += ["--data.init_args.source_args={}", "--data.init_args.max_bad=0.5"]
+    other = tmp_path / "other"
+    other.mkdir()
+    done = patchlight("fit", *TINY, *two, *folder, "--trainer.max_epochs=1", cwd=other)
+    assert done.returncode == 0, done.stderr
+    listed = [line for path in only_run(other).glob("unreadable-*.txt") for line in path.open()]
+    assert set(listed) == {f"{images}/cat/003.png\n"}
 
 
 @pytest.mark.slow
