@@ -4,12 +4,16 @@
     patchlight fit --resume RUN                        go on with a run that was stopped
     patchlight validate --config RUN/config.yaml --ckpt_path RUN/checkpoints/best.ckpt
     patchlight check-data DIR                          find unreadable images beforehand
+    patchlight inspect FILE                            what a checkpoint holds, and what fits it
+    patchlight export --checkpoint C --out FILE        for timm (.safetensors) or as ONNX
+    patchlight sweep --config RECIPE --vary key=a,b    train every combination, one table
 
 `fit` and `validate` are LightningCLI: constructor signatures are the schema of a recipe, and
 `patchlight fit --help` lists them.
 `experiments/base.yaml` holds what all recipes start from.
 """
 
+import json
 import logging
 import platform
 import subprocess
@@ -34,11 +38,14 @@ from callbacks.monitors import FiniteLoss, Throughput
 from callbacks.pictures import AugmentedBatch
 from callbacks.seeding import StepSeed
 from datamodules.check import main as check_data
+from experiments.checkpoints import export, inspect
+from experiments.sweep import RESULT, sweep
 
 EXPERIMENTS = Path(__file__).parent
 BASE = EXPERIMENTS / "base.yaml"
 ROOMS = ("experiments", "modules", "callbacks", "datamodules")
 STOPPED = 143  # the exit code of a process that ended on SIGTERM: the run is not finished
+VERBS = {"check-data": check_data, "inspect": inspect, "export": export, "sweep": sweep}
 LIBRARIES = (
     *("patchlight", "torch", "torchvision", "lightning", "timm", "einops", "numpy", "pillow"),
     *("jsonargparse", "tensorboard"),
@@ -166,6 +173,7 @@ class PatchlightCLI(LightningCLI):
             )
 
     def after_fit(self) -> None:
+        write_result(self.trainer)
         announce_end(self.trainer)
 
     def after_validate(self) -> None:
@@ -176,6 +184,16 @@ class PatchlightCLI(LightningCLI):
 @rank_zero_only
 def print_once(text: str) -> None:
     print(text, flush=True)
+
+
+@rank_zero_only
+def write_result(trainer: Trainer) -> None:
+    """`result.json`: the metrics after the last step; a run that has it is finished."""
+    if trainer.loggers and trainer.loggers[0].log_dir:
+        metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
+        result = {"step": trainer.global_step, "metrics": metrics}
+        path = Path(trainer.loggers[0].log_dir) / RESULT
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def announce_end(trainer: Trainer) -> None:
@@ -255,13 +273,13 @@ def raised_by_us(error: BaseException | None) -> BaseException | None:
 def main() -> int:
     """Entry point of the console command; returns its exit code."""
     arguments = sys.argv[1:]
-    if arguments[:1] == ["check-data"]:
-        return check_data(arguments[1:])
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if arguments else 2
     quiet()
     try:
+        if arguments[0] in VERBS:
+            return VERBS[arguments[0]](arguments[1:])
         resume: Path | None = None
         if arguments[0] == "fit":
             arguments, resume = take_resume(arguments)

@@ -250,7 +250,9 @@ class AttentionPool(nn.Module):
         heads = {"h": self.num_heads}
         q = rearrange(self.q(self.latent), "one n (h e) -> one h n e", **heads)
         k, v = rearrange(self.kv(x), "b n (two h e) -> two b h n e", two=2, **heads).unbind(0)
-        x = self.proj(rearrange(attend(q.expand(len(x), -1, -1, -1), k, v), "b h n e -> b n (h e)"))
+        x = self.proj(
+            rearrange(attend(q.expand(x.shape[0], -1, -1, -1), k, v), "b h n e -> b n (h e)")
+        )
         x = x + self.mlp(self.norm(x))
         return x[:, 0]
 

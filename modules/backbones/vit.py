@@ -197,7 +197,7 @@ class ViT(Backbone):
         x = self.patch_embed(images)
         before = [t for t in (self.cls_token, self.dist_token, self.reg_token) if t is not None]
         if before:
-            x = torch.cat((*(token.expand(len(x), -1, -1) for token in before), x), dim=1)
+            x = torch.cat((*(token.expand(x.shape[0], -1, -1) for token in before), x), dim=1)
         if self.inject == "stem" and self.positions is not None:
             x = x + self.positions(grid)
         out: Tensor = self.pos_drop(x)

@@ -1,0 +1,156 @@
+"""The verbs that look at checkpoints and carry them elsewhere.
+
+patchlight inspect FILE
+patchlight export --checkpoint RUN/checkpoints/best.ckpt --out FILE.safetensors
+patchlight export --checkpoint RUN/checkpoints/best.ckpt --network averaged --out FILE.onnx
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import yaml
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LightningArgumentParser
+from rich.console import Console
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from callbacks.checkpoint import read_checkpoint
+from modules import weights
+from modules.weights.files import read
+from modules.weights.inspect import Description, describe
+
+
+def inspect(argv: Sequence[str]) -> int:
+    """The verb; 0 where a network was found that loads, 1 where none."""
+    parser = argparse.ArgumentParser(
+        prog="patchlight inspect", description="Say what a checkpoint holds and what it fits."
+    )
+    parser.add_argument("file", help=".pth, .ckpt, .safetensors or .npz")
+    given = parser.parse_args(argv)
+    console = Console(soft_wrap=True, markup=False, highlight=False)
+    parts = {name: describe(state) for name, state in read(given.file).items()}
+    for name, found in parts.items():
+        console.print(tell(name, found, given.file, several=len(parts) > 1))
+    return 0 if any(found.backbone for found in parts.values()) else 1
+
+
+def tell(part: str, found: Description, file: str, several: bool) -> str:
+    """One network of a file in words, and the lines of a recipe that load it."""
+    lines = [
+        f"{part}: {found.num_tensors} tensors, {found.num_parameters:,} parameters, names as "
+        f"{found.writer} writes them"
+    ]
+    if found.others:
+        more = f", and {len(found.others) - 6} more" if len(found.others) > 6 else ""
+        lines.append(f"  beside backbone and head: {', '.join(found.others[:6])}{more}")
+    if found.backbone is None:
+        return "\n".join([*lines, "  no ViT: no loader of this project fits it"])
+    model: dict[str, Any] = {"weights": file}
+    if several:
+        model["weights_part"] = part
+    if drop := sorted({name.split(".")[0] for name in found.others}):
+        model["weights_drop"] = drop
+    if found.num_classes is not None:
+        model["num_classes"] = found.num_classes
+    model["backbone"] = {"class_path": "modules.backbones.ViT", "init_args": found.backbone}
+    recipe = yaml.safe_dump({"model": {"init_args": model}}, sort_keys=False)
+    lines.append("  it fits this, up to what leaves no trace (the activation, norm epsilon):")
+    return "\n".join([*lines, *(f"    {line}" for line in recipe.splitlines())])
+
+
+def export(argv: Sequence[str]) -> int:
+    """The verb; 0 where the file was written."""
+    parser = argparse.ArgumentParser(
+        prog="patchlight export", description="Write a trained network for other programs."
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, help="of a run")
+    parser.add_argument("--config", type=Path, help="the run's, where it does not lie beside it")
+    parser.add_argument("--network", help="which of the method's, such as averaged or teacher")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="FILE.safetensors (timm's names) or FILE.onnx"
+    )
+    given = parser.parse_args(argv)
+    if given.out.suffix not in (".safetensors", ".onnx"):
+        raise ValueError(f"--out {given.out} should end in .safetensors or .onnx")
+    checkpoint = read_checkpoint(given.checkpoint)
+    config = given.config or given.checkpoint.parent.parent / "config.yaml"
+    method = build_method(config)
+    method.load_state_dict(checkpoint["state_dict"], strict=True)
+    network = choose_network(method, given.network)
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = given.out.with_name(f".{os.getpid()}{given.out.suffix}")
+    try:
+        if given.out.suffix == ".onnx":
+            write_onnx(network, temporary)
+        else:
+            safetensors.torch.save_file(weights.to_timm(network), temporary)
+        temporary.replace(given.out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    count = sum(parameter.numel() for parameter in network.parameters())
+    print(f"wrote {given.out}: {count:,} parameters of step {checkpoint['global_step']}")
+    return 0
+
+
+def build_method(config: Path) -> LightningModule:
+    """The method of a run's `config.yaml`, with first values for weights.
+
+    Raises:
+        ValueError: no such file.
+    """
+    if not config.is_file():
+        raise ValueError(f"{config}: no such file; name the run's config.yaml with --config")
+    model = yaml.safe_load(config.read_text(encoding="utf-8"))["model"]
+    # What these weights were started from need not be there any more.
+    for name in ("weights", "weights_part"):
+        model["init_args"].pop(name, None)
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
+    method = parser.instantiate_classes(parser.parse_object({"model": model})).model
+    assert isinstance(method, LightningModule)
+    return method.eval()
+
+
+def choose_network(method: LightningModule, name: str | None) -> nn.Module:
+    """The network of a method by its name; the first where none is asked for.
+
+    Raises:
+        ValueError: the method has no such network.
+    """
+    networks = {n: child for n, child in method.named_children() if hasattr(child, "backbone")}
+    if name is None:
+        name = next(iter(networks))
+    if name not in networks:
+        raise ValueError(
+            f"{type(method).__name__} has no network {name!r}; it has {', '.join(networks)}"
+        )
+    return networks[name]
+
+
+def write_onnx(network: nn.Module, path: Path) -> None:
+    """Images [batch, c, height, width] to logits, for any batch size, at the trained resolution."""
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ValueError("ONNX needs two more packages: pip install -e '.[onnx]'") from error
+    backbone: Any = network.backbone
+    images = torch.zeros(2, backbone.in_channels, *backbone.image_size)
+    # The fused kernel's memory layout is not what the exporter's decomposition gives.
+    with sdpa_kernel(SDPBackend.MATH):
+        torch.onnx.export(
+            network,
+            (images,),
+            path,
+            dynamo=True,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes={"images": {0: "batch"}},
+            external_data=False,
+            verbose=False,
+        )
