@@ -4,10 +4,10 @@ import pytest
 import timm
 import torch
 
-from modules import weights
 from modules.backbones import Features, ViT, create
 from modules.backbones.vit import check_choice
 from modules.supervised import Classifier
+from modules.weights.names import with_our_names
 
 # variant, patch, parameters at 224 px with 1000 classes and at 384 px, and of the backbone alone
 COUNTS = [
@@ -74,6 +74,11 @@ TIMM = [
 ]
 
 
+def classifier_names(theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    ours, _ = with_our_names(theirs)
+    return {n if n.startswith("head.") else f"backbone.{n}": tensor for n, tensor in ours.items()}
+
+
 @pytest.mark.parametrize(("name", "timm_args", "our_args"), TIMM)
 def test_logits_and_gradients_equal_timm(name: str, timm_args: dict, our_args: dict) -> None:
     torch.manual_seed(0)
@@ -81,7 +86,7 @@ def test_logits_and_gradients_equal_timm(name: str, timm_args: dict, our_args: d
     for parameter in theirs.parameters():  # biases and tokens are zero at first: make them count
         torch.nn.init.normal_(parameter, std=0.03)
     ours = Classifier(ViT(**our_args), theirs.num_classes)
-    ours.load_state_dict(weights.from_timm(theirs.state_dict()), strict=True)
+    ours.load_state_dict(classifier_names(theirs.state_dict()), strict=True)
     backbone = ours.backbone
     images = torch.randn(2, backbone.in_channels, *backbone.image_size)
 
@@ -89,7 +94,7 @@ def test_logits_and_gradients_equal_timm(name: str, timm_args: dict, our_args: d
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     expected.square().mean().backward()
     got.square().mean().backward()
-    reference = weights.from_timm({n: p.grad for n, p in theirs.named_parameters()})
+    reference = classifier_names({n: p.grad for n, p in theirs.named_parameters()})
     for key, parameter in ours.named_parameters():
         torch.testing.assert_close(parameter.grad, reference[key], atol=1e-5, rtol=1e-4)
 
