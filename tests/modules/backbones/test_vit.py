@@ -102,9 +102,7 @@ def test_logits_and_gradients_equal_timm(name: str, timm_args: dict, our_args: d
 @pytest.mark.parametrize("pooling", ["cls", "avg"])
 @pytest.mark.parametrize(("size", "channels", "patch"), [(16, 1, 4), ((8, 24), 5, 8)])
 def test_contract(pooling: str, size: int | tuple[int, int], channels: int, patch: int) -> None:
-    vit = ViT(
-        "mu", patch, size, channels, pooling, pooling == "cls", drop_path=0.1, dropout=0.1
-    )
+    vit = ViT("mu", patch, size, channels, pooling, pooling == "cls", drop_path=0.1, dropout=0.1)
     images = torch.randn(3, channels, *vit.image_size)
     features = vit(images)
     assert isinstance(features, Features)
