@@ -20,6 +20,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from safetensors import SafetensorError
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
@@ -165,16 +166,18 @@ def load(how: Distillation, num_classes: int, in_channels: int) -> nn.Module:
         return pretrained(how.teacher, num_classes, in_channels)
     if not Path(how.weights).is_file():
         raise ValueError(f"distillation.weights: there is no file {how.weights}")
+    try:
+        state = load_state_dict(how.weights, use_ema=False, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, SafetensorError) as error:
+        raise ValueError(
+            f"refused {how.weights}: it is damaged, or holds pickled objects, which could run "
+            f"code when loaded; save a state dict of tensors ({error})"
+        ) from error
     network: nn.Module = timm.create_model(
         how.teacher, num_classes=num_classes, in_chans=in_channels
     )
     try:
-        network.load_state_dict(load_state_dict(how.weights, use_ema=False, weights_only=True))
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"refused {how.weights}: it holds pickled Python objects, which could run code when "
-            f"loaded; save a state dict of tensors from it"
-        ) from error
+        network.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(
             f"{how.weights} does not fit teacher {how.teacher} with {num_classes} classes: {error}"
