@@ -2,7 +2,8 @@
 
     supervised.py   Supervised   cross-entropy on labels, with everything DeiT adds to it
 
-and what they share: `optim`, `schedules`, `metrics`, `weights`, `backbones`.
+and what they share: `optim`, `lars`, `schedules`, `distillation`, `metrics`, `weights`,
+`backbones`.
 """
 
 from jsonargparse import set_parsing_settings

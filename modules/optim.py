@@ -1,4 +1,4 @@
-"""Optimisers: parameter groups, the rule that scales the learning rate, clipping.
+"""Optimisers: parameter groups, layer decay, the rule that scales the learning rate, clipping.
 
 `Optimization` describes how a method is optimised; `build` makes the torch optimiser,
 `learning_rate` its schedule, `set_lr` applies that, `clip` clips gradients. The only state of
@@ -7,16 +7,21 @@ a schedule is the trainer's step counter.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 from rich.table import Table
+from timm.optim.lamb import Lamb
 from torch import Tensor, nn
 
-from modules.schedules import warmup_cosine
+from modules.lars import LARS
+from modules.schedules import warmup_cosine, warmup_linear
+
+NAMES = ("adamw", "sgd", "lamb", "lars")
+SCHEDULES = {"cosine": warmup_cosine, "linear": warmup_linear}
 
 
 @dataclass(frozen=True)
@@ -24,18 +29,25 @@ class Optimization:
     """How to optimise.
 
     Args:
-        name: "adamw" (decoupled decay) or "sgd" (with momentum).
+        name: "adamw" (decoupled decay), "sgd" (with momentum), "lamb" (timm's; its published
+            recipes clip gradients to norm 1: set clip_norm) or "lars" (`modules.lars`).
         base_lr: learning rate for a global batch of `reference_batch` images.
         reference_batch: the peak learning rate is base_lr * global batch / reference_batch,
             where the global batch counts every device and accumulated micro-batch. None takes
             base_lr as it is.
         weight_decay: for weight matrices; biases, norms and a backbone's declared tokens have
             none.
-        momentum: SGD's momentum, or AdamW's beta 1.
-        beta2: AdamW's beta 2; not for SGD.
-        warmup_epochs: linear warm-up from 0, then a cosine over the rest of the run. May be a
-            fraction.
-        min_lr: where the cosine ends; not scaled by the batch.
+        momentum: momentum of SGD and LARS, beta 1 of AdamW and LAMB.
+        beta2: beta 2 of AdamW and LAMB.
+        layer_decay: the rate of the layer below is this factor lower, from the head (1) over
+            block i of L (layer_decay^(L - i), i from 0) to the stem (layer_decay^(L + 1)), as
+            in BEiT and MAE; null for one rate.
+        schedule: what follows the warm-up over the rest of the run: half a "cosine" or a
+            "linear" decay.
+        warmup_epochs: length of the linear warm-up. May be a fraction.
+        warmup_steps: its length in optimizer steps, in the place of warmup_epochs.
+        warmup_lr: where it begins; not scaled by the batch.
+        min_lr: where the schedule ends; not scaled by the batch.
         clip_norm: gradients are scaled down to this norm; None leaves them.
         clip_per_parameter: clip every tensor on its own, as DINO does, not the global norm.
 
@@ -43,78 +55,133 @@ class Optimization:
         ValueError: a value out of its range, or one that nothing would read.
     """
 
-    name: Literal["adamw", "sgd"] = "adamw"
+    name: Literal["adamw", "sgd", "lamb", "lars"] = "adamw"
     base_lr: float = 5e-4
     reference_batch: int | None = 512
     weight_decay: float = 0.05
     momentum: float = 0.9
     beta2: float = 0.999
+    layer_decay: float | None = None
+    schedule: Literal["cosine", "linear"] = "cosine"
     warmup_epochs: float = 5.0
+    warmup_steps: int | None = None
+    warmup_lr: float = 0.0
     min_lr: float = 1e-6
     clip_norm: float | None = None
     clip_per_parameter: bool = False
 
     def __post_init__(self) -> None:
-        if self.name not in ("adamw", "sgd"):
-            raise ValueError(f"optimizer {self.name!r} is not known; expected 'adamw' or 'sgd'")
-        if self.name == "sgd" and self.beta2 != type(self).beta2:
-            raise ValueError(f"beta2 is {self.beta2}, but sgd has no beta2; remove it")
-        if self.clip_per_parameter and self.clip_norm is None:
-            raise ValueError("clip_per_parameter is set but clip_norm is not; set clip_norm")
+        if self.name not in NAMES:
+            raise ValueError(f"optimizer {self.name!r} is not known; expected {', '.join(NAMES)}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule is {self.schedule!r}; expected {' or '.join(SCHEDULES)}")
+        self.check_unread()
         if self.reference_batch is not None and self.reference_batch < 1:
             raise ValueError(f"reference_batch is {self.reference_batch}; expected at least 1")
-        for field in ("base_lr", "weight_decay", "momentum", "warmup_epochs", "min_lr"):
-            if getattr(self, field) < 0:
-                raise ValueError(f"{field} is {getattr(self, field)}; expected 0 or more")
+        not_negative = ("base_lr", "weight_decay", "momentum", "warmup_epochs", "min_lr")
+        for field in (*not_negative, "warmup_steps", "warmup_lr"):
+            value = getattr(self, field)
+            if value is not None and value < 0:
+                raise ValueError(f"{field} is {value}; expected 0 or more")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay is {self.layer_decay}; expected within (0, 1], or null")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(f"clip_norm is {self.clip_norm}; expected more than 0, or null")
 
+    def check_unread(self) -> None:
+        """Refuse what is set beside something that keeps it from being read."""
+        if self.name in ("sgd", "lars") and self.beta2 != type(self).beta2:
+            raise ValueError(f"beta2 is {self.beta2}, but {self.name} has no beta2; remove it")
+        if self.clip_per_parameter and self.clip_norm is None:
+            raise ValueError("clip_per_parameter is set but clip_norm is not; set clip_norm")
+        if self.warmup_steps is not None and self.warmup_epochs != type(self).warmup_epochs:
+            raise ValueError(
+                f"warmup_epochs is {self.warmup_epochs:g} and warmup_steps {self.warmup_steps}; "
+                f"give the length of the warm-up once"
+            )
+        length = self.warmup_epochs if self.warmup_steps is None else self.warmup_steps
+        if self.warmup_lr != 0 and length == 0:
+            raise ValueError(
+                f"warmup_lr is {self.warmup_lr:g}, but there is no warm-up; remove it or set "
+                f"warmup_epochs"
+            )
 
-def parameter_groups(
-    module: nn.Module, weight_decay: float, no_decay: Iterable[str] = ()
-) -> list[dict[str, Any]]:
-    """Split the trainable parameters of `module` into one group with decay and one without.
 
-    Without: tensors of fewer than two axes (biases, norm scales), names ending in `.bias`, and
-    the names in `no_decay`. Every trainable parameter is in exactly one group.
+@runtime_checkable
+class Layered(Protocol):
+    """What layer decay asks of a network: L, and 0 (stem) to L + 1 (head) for each parameter."""
 
-    Returns:
-        Groups for a torch optimiser, each with its `name` and its `param_names`.
+    @property
+    def num_layers(self) -> int: ...
+
+    def layer_of(self, name: str) -> int: ...
+
+
+def layer_scale(module: nn.Module, name: str, decay: float | None) -> float:
+    """The factor of a parameter's learning rate: decay^(L + 1 - layer), 1 without decay.
 
     Raises:
-        ValueError: a name in `no_decay` that is no parameter, or nothing to train.
+        ValueError: a network that does not know its layers.
     """
-    named = dict(module.named_parameters())
-    unknown = set(no_decay) - set(named)
-    if unknown:
+    if decay is None:
+        return 1.0
+    if not isinstance(module, Layered):
+        raise ValueError(
+            f"layer_decay is {decay}, but {type(module).__name__} has no layer_of and num_layers; "
+            f"set optimizer.layer_decay to null"
+        )
+    return decay ** (module.num_layers + 1 - module.layer_of(name))
+
+
+def parameter_groups(
+    module: nn.Module,
+    weight_decay: float,
+    no_decay: Iterable[str] = (),
+    layer_decay: float | None = None,
+) -> list[dict[str, Any]]:
+    """Split the trainable parameters of `module` into groups with and without weight decay.
+
+    Without: tensors of fewer than two axes (biases, norm scales), names ending in `.bias`, and
+    the names in `no_decay`. With `layer_decay` every layer has its own two groups. Every
+    trainable parameter is in exactly one group.
+
+    Returns:
+        Groups for a torch optimiser, each with its `name`, its `param_names` and the `lr_scale`
+        that `set_lr` applies.
+
+    Raises:
+        ValueError: a name in `no_decay` that is no parameter, nothing to train, or layer decay
+            for a network that does not know its layers.
+    """
+    named, exempt_names = dict(module.named_parameters()), set(no_decay)
+    if unknown := exempt_names - set(named):
         raise ValueError(f"no_decay names no parameter of {type(module).__name__}: {unknown}")
-    groups: dict[str, dict[str, Any]] = {
-        "decay": {"params": [], "param_names": [], "weight_decay": weight_decay},
-        "no decay": {"params": [], "param_names": [], "weight_decay": 0.0},
-    }
+    groups: dict[tuple[float, str], dict[str, Any]] = {}
     for name, parameter in named.items():
         if not parameter.requires_grad:
             continue
-        exempt = parameter.ndim < 2 or name.endswith(".bias") or name in set(no_decay)
-        group = groups["no decay" if exempt else "decay"]
+        exempt = parameter.ndim < 2 or name.endswith(".bias") or name in exempt_names
+        kind, scale = "no decay" if exempt else "decay", layer_scale(module, name, layer_decay)
+        empty: dict[str, Any] = {"name": kind, "params": [], "param_names": [], "lr_scale": scale}
+        group = groups.setdefault((scale, kind), empty)
+        group["weight_decay"] = 0.0 if exempt else weight_decay
         group["params"].append(parameter)
         group["param_names"].append(name)
-    filled = [{"name": name, **group} for name, group in groups.items() if group["params"]]
-    if not filled:
+    if not groups:
         raise ValueError(f"{type(module).__name__} has no trainable parameter")
-    return filled
+    return [groups[key] for key in sorted(groups)]
 
 
 def describe_groups(groups: Sequence[dict[str, Any]]) -> str:
-    """The groups as a table: tensors, parameters, decay and a few names of each."""
-    table = Table("group", "tensors", "parameters", "weight decay", "such as", title="optimised")
+    """The groups as a table: rate, tensors, parameters, decay and a few names of each."""
+    columns = ("group", "rate", "tensors", "parameters", "weight decay", "such as")
+    table = Table(*columns, title="optimised")
     for group in groups:
         names = [name.removeprefix("backbone.") for name in group["param_names"]]
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         count = sum(parameter.numel() for parameter in group["params"])
-        table.add_row(
-            group["name"], str(len(names)), f"{count:,}", f"{group['weight_decay']:g}", shown
-        )
+        rate, decay = f"x {group['lr_scale']:.4g}", f"{group['weight_decay']:g}"
+        table.add_row(group["name"], rate, str(len(names)), f"{count:,}", decay, shown)
     console = Console(width=110)
     with console.capture() as capture:
         console.print(table)
@@ -125,15 +192,19 @@ def build(
     how: Optimization, module: nn.Module, no_decay: Iterable[str] = ()
 ) -> torch.optim.Optimizer:
     """The torch optimiser over `module`'s trainable parameters; prints the groups once."""
-    groups = parameter_groups(module, how.weight_decay, no_decay)
+    groups = parameter_groups(module, how.weight_decay, no_decay, how.layer_decay)
     rank_zero_info("\n" + describe_groups(groups))
+    betas = (how.momentum, how.beta2)
     if how.name == "sgd":
         return torch.optim.SGD(groups, lr=how.base_lr, momentum=how.momentum)
+    if how.name == "lars":
+        return LARS(groups, lr=how.base_lr, momentum=how.momentum)
+    if how.name == "lamb":
+        # DeiT-III's epsilon. Clipping is `clip`'s, before the step as in the fused kernel.
+        return Lamb(groups, lr=how.base_lr, betas=betas, eps=1e-8, max_grad_norm=None)
     # On CUDA the fused kernel would un-scale fp16 gradients itself, after our clipping.
     on_cpu = all(parameter.device.type == "cpu" for g in groups for parameter in g["params"])
-    return torch.optim.AdamW(
-        groups, lr=how.base_lr, betas=(how.momentum, how.beta2), fused=on_cpu or None
-    )
+    return torch.optim.AdamW(groups, lr=how.base_lr, betas=betas, fused=on_cpu or None)
 
 
 def global_batch(trainer: Trainer) -> int:
@@ -154,15 +225,18 @@ def global_batch(trainer: Trainer) -> int:
 
 @dataclass(frozen=True)
 class LearningRate:
-    """A learning rate as a pure function of the optimizer step: warm-up, then cosine."""
+    """A learning rate as a pure function of the optimizer step: warm-up, then a way down."""
 
     peak: float
     end: float
     warmup: int
     total: int
+    start: float = 0.0
+    schedule: str = "cosine"
 
     def at(self, step: int) -> float:
-        return warmup_cosine(step, self.total, self.warmup, self.peak, end=self.end)
+        shape = SCHEDULES[self.schedule]
+        return shape(step, self.total, self.warmup, self.peak, self.start, self.end)
 
 
 def learning_rate(how: Optimization, trainer: Trainer) -> LearningRate:
@@ -175,18 +249,24 @@ def learning_rate(how: Optimization, trainer: Trainer) -> LearningRate:
     """
     if trainer.estimated_stepping_batches == float("inf"):
         raise ValueError(
-            "the run has no end, so its cosine has none; set trainer.max_epochs or max_steps"
+            f"the run has no end, so its {how.schedule} schedule has none; set "
+            f"trainer.max_epochs or max_steps"
         )
     total = int(trainer.estimated_stepping_batches)
-    steps_per_epoch = -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
-    warmup = round(how.warmup_epochs * steps_per_epoch)
+    warmup = how.warmup_steps
+    if warmup is None:
+        epoch = -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
+        warmup = round(how.warmup_epochs * epoch)
     if warmup > total:
+        of = f" of {how.warmup_epochs:g} epochs" if how.warmup_steps is None else ""
         rank_zero_warn(
-            f"the warm-up of {how.warmup_epochs:g} epochs is {warmup} steps, but the run has "
-            f"{total}: the learning rate only rises"
+            f"the warm-up{of} is {warmup} steps, but the run has {total}: the learning rate only "
+            f"rises"
         )
     scale = 1.0 if how.reference_batch is None else global_batch(trainer) / how.reference_batch
-    return LearningRate(how.base_lr * scale, how.min_lr, min(warmup, total), total)
+    peak = how.base_lr * scale
+    warmup = min(warmup, total)
+    return LearningRate(peak, how.min_lr, warmup, total, how.warmup_lr, how.schedule)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

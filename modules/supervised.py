@@ -1,4 +1,4 @@
-"""Supervised classification: a backbone, a linear head, cross-entropy.
+"""Supervised classification: a backbone, a linear head, a loss on labels.
 
 "An Image is Worth 16x16 Words" (Dosovitskiy et al. 2020); label smoothing, Mixup and CutMix as
 in DeiT, "Training data-efficient image transformers & distillation through attention"
@@ -6,64 +6,91 @@ in DeiT, "Training data-efficient image transformers & distillation through atte
 
     logits = head(backbone(images))
     target = share * smooth(label) + (1 - share) * smooth(label mixed in)
-    loss   = mean over images of -sum_k target_k log softmax(logits)_k
+    loss   = mean over images of
+        softmax  -sum_k target_k log softmax(logits)_k
+        sigmoid  sum_k BCE(logits_k, target_k)            "How to train your ViT?" (AugReg,
+                                                          Steiner et al. 2021)
+        bce      mean_k BCE(logits_k, [target_k > 0])     "DeiT III" (Touvron et al. 2022)
+
+A backbone with a distillation token has a head for it; the classifier's logits are the mean of
+both heads'. With a teacher, each head learns on its own (`modules.distillation`).
 """
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from callbacks.ema import EMA, Average
 from datamodules.batch import ImageBatch
 from modules import optim
 from modules.backbones import Backbone
+from modules.distillation import Distillation, Teacher, distill
+from modules.losses import LOSSES, loss_per_image, soft_targets
 from modules.metrics import Tally
 from modules.optim import Optimization
+from modules.weights import load as load_weights
 
 
 class Classifier(nn.Module):
-    """A backbone and a linear head on its pooled features."""
+    """A backbone and a linear head on its pooled features, with timm's keys.
 
-    def __init__(self, backbone: Backbone, num_classes: int) -> None:
+    A backbone that has a distillation token gets a second head, `head_dist`, on that.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        num_classes: int,
+        head_init: Literal["timm", "zero"] = "timm",
+        head_bias: float = 0.0,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = nn.Linear(backbone.embed_dim, num_classes)
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
+        self.head_dist: nn.Linear | None = None
+        if getattr(backbone, "dist_token", None) is not None:
+            self.head_dist = nn.Linear(backbone.embed_dim, num_classes)
+        for head in (head for head in (self.head, self.head_dist) if head is not None):
+            nn.init.constant_(head.bias, head_bias)
+            if head_init == "zero":
+                nn.init.zeros_(head.weight)
+            else:
+                nn.init.trunc_normal_(head.weight, std=0.02)
+
+    def heads(
+        self, images: Float[Tensor, "b c height width"]
+    ) -> tuple[Float[Tensor, "b k"], Float[Tensor, "b k"] | None]:
+        """The logits of the head and, where there is one, of the distillation token's."""
+        features = self.backbone(images)
+        if self.head_dist is None:
+            return self.head(features.pooled), None
+        return self.head(features.pooled), self.head_dist(features.dist)
 
     def forward(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b k"]:
-        logits: Tensor = self.head(self.backbone(images).pooled)
-        return logits
+        logits, dist = self.heads(images)
+        return logits if dist is None else (logits + dist) / 2
 
+    @property
+    def num_layers(self) -> int:
+        return self.backbone.num_layers
 
-def soft_targets(batch: ImageBatch, num_classes: int, smoothing: float) -> Float[Tensor, "b k"]:
-    """Targets that sum to one: smoothed one-hot labels, in the shares of a mixed batch.
-
-    A label has 1 - smoothing + smoothing / k, every other class smoothing / k.
-    """
-    targets = F.one_hot(batch.labels, num_classes).float()
-    if batch.mixed is not None:
-        share = batch.mixed.share[:, None]
-        targets = share * targets + (1 - share) * F.one_hot(batch.mixed.labels, num_classes)
-    return targets * (1 - smoothing) + smoothing / num_classes
-
-
-def soft_cross_entropy(
-    logits: Float[Tensor, "b k"], targets: Float[Tensor, "b k"]
-) -> Float[Tensor, " b"]:
-    """-sum_k target_k log softmax(logits)_k for every image, in float32."""
-    return -(targets * F.log_softmax(logits.float(), dim=-1)).sum(dim=-1)
+    def layer_of(self, name: str) -> int:
+        """The layer of a parameter, for layer decay; the heads come after the last block."""
+        inner = name.removeprefix("backbone.")
+        return self.num_layers + 1 if inner == name else self.backbone.layer_of(inner)
 
 
 class Supervised(LightningModule):
     """Trains a backbone and a linear head on labelled images.
+
+    With a distillation token, metrics are those of the mean of both heads' logits.
 
     Logs `train/loss`, `val/loss`, `val/accuracy` (and `val/top5_accuracy` from six classes on);
     with `ema_decay` also `val/ema_accuracy`, and so on, of the averaged weights.
@@ -72,7 +99,21 @@ class Supervised(LightningModule):
         backbone: any backbone of `modules.backbones`.
         num_classes: number of classes k.
         optimizer: how to optimise.
-        label_smoothing: share of the target spread evenly over all classes.
+        loss: "softmax" cross-entropy; "sigmoid" cross-entropy summed over classes (AugReg);
+            "bce", sigmoid cross-entropy averaged over classes, where every class of a mixed
+            image counts as present (DeiT-III). Evaluation uses the same one.
+        label_smoothing: share of the target spread evenly over all classes; not for bce, which
+            would take every class for present.
+        head_init: first weights of the head: "timm" (normal, std 0.02) or "zero".
+        head_bias: first value of its biases; -6.9 (ImageNet-1k) and -10 (21k) in AugReg, where
+            a sigmoid begins with few classes present.
+        distillation: what the backbone's distillation token learns from; null for no teacher,
+            where both heads learn from the labels.
+        weights: what to start from: a file of ours, timm, DeiT, MAE, DINO or Google, or
+            `timm:NAME` (`modules.weights`); every tensor of it has to be used.
+        weights_part: which network of the file, where it holds several (averaged, teacher).
+        weights_drop: names that may be left over in the file and keep their first values here,
+            such as `head` where the classes differ.
         ema_decay: decay per optimizer step of an averaged copy, evaluated beside the raw
             weights and kept in the checkpoint under `averaged.`; null for none.
 
@@ -85,7 +126,14 @@ class Supervised(LightningModule):
         backbone: Backbone,
         num_classes: int,
         optimizer: Optimization = Optimization(),  # noqa: B008 - frozen
+        loss: Literal["softmax", "sigmoid", "bce"] = "softmax",
         label_smoothing: float = 0.0,
+        head_init: Literal["timm", "zero"] = "timm",
+        head_bias: float = 0.0,
+        distillation: Distillation | None = None,
+        weights: str | None = None,
+        weights_part: str | None = None,
+        weights_drop: Sequence[str] = (),
         ema_decay: float | None = None,
     ) -> None:
         super().__init__()
@@ -94,18 +142,38 @@ class Supervised(LightningModule):
             raise ValueError(f"num_classes is {num_classes}; expected at least 1")
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing is {label_smoothing}; expected within [0, 1)")
+        if loss not in LOSSES:
+            raise ValueError(f"loss is {loss!r}; expected one of {', '.join(LOSSES)}")
+        if loss == "bce" and label_smoothing > 0:
+            raise ValueError(
+                f"label_smoothing is {label_smoothing}, but loss bce takes every class with a "
+                f"share for present, which would be all; set label_smoothing to 0"
+            )
+        if head_init not in ("timm", "zero"):
+            raise ValueError(f"head_init is {head_init!r}; expected 'timm' or 'zero'")
         if ema_decay is not None and not 0.0 <= ema_decay < 1.0:
             raise ValueError(f"ema_decay is {ema_decay}; expected within [0, 1), or null")
-        self.num_classes, self.label_smoothing = num_classes, label_smoothing
+        self.num_classes, self.loss, self.label_smoothing = num_classes, loss, label_smoothing
         self.optimization, self.ema_decay = optimizer, ema_decay
-        self.classifier = Classifier(backbone, num_classes)
+        self.classifier = Classifier(backbone, num_classes, head_init, head_bias)
+        if distillation is not None and self.classifier.head_dist is None:
+            raise ValueError(
+                "distillation needs a token that learns from the teacher; set the backbone's "
+                "distillation_token to true"
+            )
+        if weights is None and (weights_part is not None or weights_drop):
+            raise ValueError("weights_part and weights_drop are about weights, which is not set")
+        self.weights, self.weights_part, self.weights_drop = weights, weights_part, weights_drop
+        self.distillation = distillation
+        self.teacher: Teacher | None = None  # built for training only, which alone needs it
         self.averaged: Classifier | None = None
         if ema_decay is not None:
             self.averaged = copy.deepcopy(self.classifier).requires_grad_(False).eval()
         self.tally, self.averaged_tally = Tally(), Tally()
 
     def setup(self, stage: str) -> None:
-        names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
+        data = getattr(self.trainer, "datamodule", None)
+        names = getattr(data, "class_names", None)
         if names is not None and not names:
             raise ValueError("the data has no labels, and supervised training needs them")
         if names is not None and len(names) > self.num_classes:
@@ -113,7 +181,6 @@ class Supervised(LightningModule):
                 f"the data has {len(names)} classes, but model.num_classes is "
                 f"{self.num_classes}; set it to {len(names)}"
             )
-
         if names is not None and len(names) < self.num_classes:
             rank_zero_warn(
                 f"the data has {len(names)} classes, but model.num_classes is {self.num_classes}: "
@@ -124,6 +191,33 @@ class Supervised(LightningModule):
                 f"trainer.precision is {self.trainer.precision!r}; expected 32-true, bf16-mixed "
                 f"or 16-mixed, which keep the weights in float32"
             )
+        backbone = self.classifier.backbone
+        check_image_size(getattr(data, "image_size", None), backbone)
+        if stage == "fit" and self.weights is not None and self.trainer.ckpt_path is None:
+            report = load_weights(
+                self.classifier, self.weights, self.weights_part, self.weights_drop
+            )
+            rank_zero_info(str(report))
+            if self.averaged is not None:
+                self.averaged.load_state_dict(self.classifier.state_dict())
+        if stage == "fit" and self.distillation is not None:
+            self.teacher = Teacher(
+                self.distillation, self.num_classes, backbone.in_channels, backbone.image_size
+            )
+            if data is not None and hasattr(data, "mean"):
+                self.teacher.check_normalization(data.mean, data.std)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.teacher is not None:
+            checkpoint["teacher"] = self.teacher.fingerprint
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.teacher is not None:
+            self.teacher.check_fingerprint(checkpoint.get("teacher"))
+
+    def on_fit_start(self) -> None:
+        if self.teacher is not None:
+            self.teacher.to(self.classifier.head.weight)
 
     def train(self, mode: bool = True) -> "Supervised":
         super().train(mode)
@@ -137,7 +231,14 @@ class Supervised(LightningModule):
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Float[Tensor, ""]:
         targets = soft_targets(batch, self.num_classes, self.label_smoothing)
-        loss = soft_cross_entropy(self(batch.images), targets).mean()
+        if self.teacher is None or self.distillation is None:
+            losses = loss_per_image(self.loss, self(batch.images), targets)
+        else:
+            logits, dist = self.classifier.heads(batch.images)
+            assert dist is not None
+            base = loss_per_image(self.loss, logits, targets)
+            losses = distill(self.distillation, base, dist, self.teacher(batch.images))
+        loss = losses.mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.labels), sync_dist=True)
         return loss
 
@@ -149,7 +250,8 @@ class Supervised(LightningModule):
     def count(self, tally: Tally, network: nn.Module, batch: ImageBatch) -> None:
         """Add a batch's loss and correct answers, over its valid images, to a tally."""
         logits = network(batch.images).float()
-        losses = F.cross_entropy(logits, batch.labels, reduction="none")
+        targets = F.one_hot(batch.labels, self.num_classes).float()
+        losses = loss_per_image(self.loss, logits, targets)
         top = logits.topk(min(5, self.num_classes), dim=-1).indices == batch.labels[:, None]
         valid = batch.is_valid.float()
         tally.add(
@@ -202,3 +304,22 @@ class Supervised(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         return [EMA()] if self.averaged is not None else []
+
+
+def check_image_size(given: int | tuple[int, int] | None, backbone: Backbone) -> None:
+    """Refuse data of another size than the backbone's positions are made for.
+
+    The backbone would take them, and resample its positions at every step.
+    """
+    made_for = getattr(backbone, "image_size", None)
+    if given is None or made_for is None:
+        return
+    height, width = (given, given) if isinstance(given, int) else given
+    if (height, width) != tuple(made_for):
+        raise ValueError(
+            f"data.init_args.image_size is {height}x{width}, but the backbone is made for "
+            f"{made_for[0]}x{made_for[1]}; to train at {height}x{width} set "
+            f"model.init_args.backbone.init_args.image_size to "
+            f"{height if height == width else [height, width]} (weights made for another size "
+            f"are resampled to it)"
+        )

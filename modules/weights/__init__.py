@@ -20,7 +20,7 @@ import timm
 from torch import nn
 
 from modules.backbones import ViT
-from modules.backbones.positions import Learned1D, Resampling
+from modules.backbones.positions import Learned1D
 from modules.weights.files import State, read
 from modules.weights.names import with_our_names
 from modules.weights.positions import fit_positions
@@ -75,9 +75,10 @@ def load(
     source: str | Path,
     part: str | None = None,
     drop: Sequence[str] = (),
-    resample: Resampling = "antialias",
 ) -> Report:
     """Load a published or own checkpoint into a backbone, or a backbone with its head.
+
+    Position tables are brought to the network's grid as its `Positions.resample` says.
 
     Args:
         network: a backbone, or a module with one as `backbone` beside its heads.
@@ -85,7 +86,6 @@ def load(
         part: which network of the file, where it holds several (teacher, student, ...).
         drop: names, or beginnings of names up to a dot, that may be left over in the file, and
             are left as they are in the network: `head`, `decoder_blocks`.
-        resample: how position tables are brought to the network's grid.
 
     Raises:
         ValueError: a file that is refused, tensors missing, left over or of another shape, a
@@ -102,7 +102,7 @@ def load(
     backbone = getattr(network, "backbone", network)
     resampled: dict[str, str] = {}
     if isinstance(backbone, ViT):
-        resampled = fit_positions(state, backbone, resample)
+        resampled = fit_positions(state, backbone)
     wanted = {key: network.state_dict()[own[key]] for key in own if key not in kept}
     check_cover(str(source), state, wanted)
     network.load_state_dict({own[key]: tensor for key, tensor in state.items()}, strict=not kept)

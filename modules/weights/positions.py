@@ -18,13 +18,14 @@ from modules.weights.files import State
 TOKENS = ("cls_token", "dist_token", "reg_token")
 
 
-def fit_positions(state: State, backbone: ViT, how: Resampling) -> dict[str, str]:
+def fit_positions(state: State, backbone: ViT) -> dict[str, str]:
     """Bring every position table of a file to the backbone's grid and prefix rows, in `state`.
 
     Returns:
         For each table that had to change, what was done.
     """
     done: dict[str, str] = {}
+    how = backbone.resample
     target = backbone.state_dict()
     positions = backbone.positions
     for name in [name for name in state if name.startswith(("positions.", "relative."))]:

@@ -101,7 +101,7 @@ def test_config_cannot_import_what_is_not_ours(tmp_path: Path, text: str) -> Non
             ["--model.init_args.num_classes=4"],
             "the data has 10 classes, but model.num_classes is 4",
         ),
-        (["--data.init_args.image_size=20"], r"ViT built for (1, 16, 16)"),
+        (["--data.init_args.image_size=20"], "is 20x20, but the backbone is made for 16x16"),
         (["--data.init_args.batch_size=3"], "an even number"),
         (["--data.init_args.batch_size=24"], "23 training images do not fill one global batch"),
         (["--trainer.gradient_clip_val=1.0"], "set optimizer.clip_norm"),

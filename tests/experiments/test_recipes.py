@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import yaml
 
@@ -20,11 +21,23 @@ def fit(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> cli.PatchlightCLI:
     return cli.PatchlightCLI(resume)
 
 
+def teacher(recipe: Path, directory: Path) -> list[str]:
+    """Weights are for the user to name where a recipe has a teacher; here a small one with any."""
+    method = yaml.safe_load(recipe.read_text(encoding="utf-8"))["model"]["init_args"]
+    if "distillation" not in method:
+        return []
+    name, weights = "test_resnet.r160_in1k", directory / "teacher.pth"
+    torch.save(timm.create_model(name, num_classes=method["num_classes"]).state_dict(), weights)
+    start = "--model.init_args.distillation"
+    return [f"{start}.teacher={name}", f"{start}.weights={weights}"]
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.relative_to(EXPERIMENTS).as_posix())
 def test_recipe(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     quiet = "--trainer.enable_progress_bar=false"
     smoke = ["--config", str(recipe), "--config", str(EXPERIMENTS / "smoke.yaml"), quiet]
+    smoke += teacher(recipe, tmp_path)
     first = fit(monkeypatch, *smoke, "--trainer.max_steps=1")
     assert first.trainer.global_step == 1
     run = only_run(tmp_path)
@@ -52,3 +65,14 @@ def test_recipe_says_what_it_is_for_and_how_to_run_it(recipe: Path) -> None:
     head = recipe.read_text(encoding="utf-8").split("model:")[0]
     assert f"patchlight fit --config {recipe.relative_to(EXPERIMENTS.parent).as_posix()}" in head
     assert "Expected:" in head or "not yet reproduced" in head
+
+
+def test_a_teacher_without_weights_stops_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = EXPERIMENTS / "supervised" / "deit_s16_distilled.yaml"
+    smoke = ["--config", str(recipe), "--config", str(EXPERIMENTS / "smoke.yaml")]
+    with pytest.raises(ValueError, match=r"regnety_160.deit_in1k has no weights.*'pretrained'"):
+        fit(monkeypatch, *smoke)
+    assert not list(tmp_path.rglob("*.ckpt"))

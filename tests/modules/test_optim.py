@@ -1,18 +1,27 @@
 """Parameter groups, scaling of the learning rate, clipping, and every option of Optimization."""
 
+import copy
 import dataclasses
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
+import timm
 import torch
 from lightning.pytorch import Trainer
+from safetensors import safe_open
+from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from modules import optim
-from modules.backbones import ViT
+from modules.backbones import Backbone, ViT
 from modules.optim import Optimization
 from modules.supervised import Classifier
+from modules.weights import from_timm
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "mae_optim.safetensors"
 
 
 def small() -> Classifier:
@@ -48,6 +57,120 @@ def test_frozen_parameters_are_left_out_and_unknown_names_refused() -> None:
         optim.parameter_groups(network.requires_grad_(False), 0.1)
 
 
+class Published(Backbone):
+    """The parameters of the golden table: a stem, three blocks and a norm."""
+
+    embed_dim, num_layers = 4, 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cls_token, self.pos_embed = (nn.Parameter(torch.zeros(1, n, 4)) for n in (1, 5))
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, 4, 2)})
+        block = {"norm1": nn.LayerNorm(4), "fc": nn.Linear(4, 4)}
+        self.blocks = nn.ModuleList(nn.ModuleDict(copy.deepcopy(block)) for _ in range(3))
+        self.fc_norm = nn.LayerNorm(4)
+
+    def no_weight_decay(self) -> frozenset[str]:
+        return frozenset({"cls_token", "pos_embed"})
+
+
+def test_layer_decay_equals_the_published_table() -> None:
+    with safe_open(GOLDEN, "pt") as file:
+        about = file.metadata()
+    table, decay = json.loads(about["layer_table"]), float(about["layer_decay"])
+    network = Classifier(Published(), 2)
+    exempt = {f"backbone.{name}" for name in network.backbone.no_weight_decay()}
+    groups = optim.parameter_groups(network, float(about["weight_decay"]), exempt, decay)
+    ours = {
+        name.removeprefix("backbone."): [group["lr_scale"], group["weight_decay"]]
+        for group in groups
+        for name in group["param_names"]
+    }
+    assert ours.keys() == table.keys()
+    for name, row in table.items():
+        assert ours[name] == pytest.approx(row, rel=1e-12), name
+
+
+def test_layer_scales_of_a_base_model() -> None:
+    network = Classifier(ViT("mu", image_size=32, depth=12), 3)
+    names = ("cls_token", "positions.table", "patch_embed.proj.bias", "blocks.0.norm1.bias")
+    names = (*names, "blocks.5.mlp.fc1.weight", "blocks.11.attn.qkv.weight", "norm.weight")
+    scales = [optim.layer_scale(network, f"backbone.{name}", 0.65) for name in names]
+    expected = [0.00370, 0.00370, 0.00370, 0.00569, 0.04902, 0.65, 1.0]
+    assert scales == pytest.approx(expected, abs=5e-6)
+    assert optim.layer_scale(network, "head.weight", 0.65) == 1.0
+
+
+def test_layer_decay_agrees_with_timms() -> None:
+    """But for the final norm: MAE has it beside the head, timm in the last block's layer."""
+    theirs = timm.create_model("vit_tiny_patch16_224", depth=3, embed_dim=24, num_heads=2)
+    groups = param_groups_layer_decay(theirs, 0.1, theirs.no_weight_decay(), layer_decay=0.5)
+    by_parameter = {id(p): (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
+    expected = {name: by_parameter[id(p)] for name, p in theirs.named_parameters()}
+    ours = Classifier(ViT("mu", image_size=224, depth=3, embed_dim=24), 1000)
+    exempt = {f"backbone.{name}" for name in ours.backbone.no_weight_decay()}
+    got = {
+        name: (group["lr_scale"], group["weight_decay"])
+        for group in optim.parameter_groups(ours, 0.1, exempt, 0.5)
+        for name in group["param_names"]
+    }
+    renamed = from_timm({name: torch.tensor(0) for name in expected})
+    assert got.keys() == renamed.keys()
+    for name, timms in zip(renamed, expected.values(), strict=True):
+        assert got[name] == ((1.0, 0.0) if name.startswith("backbone.norm.") else timms), name
+
+
+@pytest.mark.parametrize("decay", [None, 0.65])
+def test_groups_cover_every_parameter_once_and_the_table_shows_them(decay: float | None) -> None:
+    network = small()
+    groups = optim.parameter_groups(network, 0.3, layer_decay=decay)
+    names = [name for group in groups for name in group["param_names"]]
+    assert sorted(names) == sorted(dict(network.named_parameters()))
+    # Two layers, stem and head, with and without decay; the class token is a matrix here.
+    assert len(groups) == (2 if decay is None else 2 * 4)
+    table = optim.describe_groups(groups)
+    for scale in {group["lr_scale"] for group in groups}:
+        assert f"x {scale:.4g}" in table
+
+
+def test_layer_decay_needs_a_network_with_layers() -> None:
+    with pytest.raises(ValueError, match=r"Linear has no layer_of.*set optimizer.layer_decay to"):
+        optim.build(Optimization(layer_decay=0.5), nn.Linear(3, 3))
+
+
+def test_layer_decay_reaches_the_rates_of_the_optimiser() -> None:
+    optimizer = optim.build(Optimization(layer_decay=0.5), small())
+    optim.set_lr(optimizer, 0.8)
+    rates = sorted({group["lr"] for group in optimizer.param_groups})
+    assert rates == pytest.approx([0.1, 0.2, 0.4, 0.8])
+
+
+def test_lamb_equals_its_formula() -> None:
+    """Two steps of METHODS H restated: Adam's direction, decay, trust ratio; none for biases."""
+    how = Optimization("lamb", weight_decay=0.1, momentum=0.8, beta2=0.9)
+    torch.manual_seed(0)
+    network = nn.Linear(3, 2)
+    values = [p.detach().clone() for p in network.parameters()]
+    first, second = ([torch.zeros_like(v) for v in values] for _ in range(2))
+    optimizer = optim.build(how, network)
+    optim.set_lr(optimizer, 0.05)
+    for step in (1, 2):
+        for i, parameter in enumerate(network.parameters()):
+            parameter.grad = gradient = 3 * torch.randn(parameter.shape)  # above a norm of 1
+            first[i] = 0.8 * first[i] + 0.2 * gradient
+            second[i] = 0.9 * second[i] + 0.1 * gradient**2
+            hat = first[i] / (1 - 0.8**step), second[i] / (1 - 0.9**step)
+            update = hat[0] / (hat[1].sqrt() + 1e-8)
+            trust = torch.tensor(1.0)
+            if parameter.ndim > 1:
+                update = update + 0.1 * values[i]
+                trust = values[i].norm() / update.norm()
+            values[i] = values[i] - 0.05 * trust * update
+        optimizer.step()
+        for parameter, value in zip(network.parameters(), values, strict=True):
+            torch.testing.assert_close(parameter.detach(), value, atol=1e-6, rtol=1e-5)
+
+
 def test_table_counts_what_is_optimised() -> None:
     network = small()
     table = optim.describe_groups(optim.parameter_groups(network, 0.3))
@@ -81,6 +204,14 @@ def trained(how: Optimization, lr: float = 0.1) -> torch.Tensor:
         ({"name": "sgd"}, {"momentum": 0.5}),
         ({"name": "sgd"}, {"clip_norm": 0.1}),
         ({"name": "sgd", "clip_norm": 0.1}, {"clip_per_parameter": True}),
+        ({}, {"name": "lamb"}),
+        ({"name": "lamb"}, {"weight_decay": 0.5}),
+        ({"name": "lamb"}, {"momentum": 0.5}),
+        ({"name": "lamb"}, {"beta2": 0.9}),
+        ({"name": "lamb"}, {"clip_norm": 0.1}),
+        ({"name": "sgd"}, {"name": "lars"}),
+        ({"name": "lars"}, {"weight_decay": 5.0}),
+        ({"name": "lars"}, {"momentum": 0.5}),
     ],
 )
 def test_every_option_of_a_step_changes_the_step(base: dict, change: dict) -> None:
@@ -116,6 +247,57 @@ def test_rate_follows_the_true_global_batch(batch: int, devices: int, accumulate
 def test_rate_without_a_reference_is_taken_as_it_is() -> None:
     how = Optimization(base_lr=0.03, reference_batch=None, warmup_epochs=0)
     assert optim.learning_rate(how, trainer(10, 2, 4096, 8, 1)).at(0) == 0.03
+
+
+def at_epochs(how: Optimization, epochs: tuple[float, ...], total: int) -> list[float]:
+    """Rates of a run of 100 steps an epoch and a global batch of 4096."""
+    lr = optim.learning_rate(how, trainer(100, total, 512, 8, 1))
+    return [lr.at(round(100 * epoch)) for epoch in epochs]
+
+
+def test_published_rates_of_mae() -> None:
+    how = Optimization(base_lr=1.5e-4, reference_batch=256, warmup_epochs=40, min_lr=0)
+    got = at_epochs(how, (0, 20, 40, 100, 420, 800), 800)
+    assert got == pytest.approx([0, 0.0012, 0.0024, 0.002363, 0.0012, 0], abs=5e-7)
+
+
+def test_published_rates_of_the_first_vit() -> None:
+    how = Optimization(
+        base_lr=1e-3, reference_batch=4096, schedule="linear", warmup_steps=1000, min_lr=1e-5
+    )
+    got = at_epochs(how, (0, 5, 10, 50, 90), 90)
+    assert got == pytest.approx([0, 5e-4, 1e-3, 5.05e-4, 1e-5])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"base_lr": 2e-3},
+        {"reference_batch": 2048},
+        {"schedule": "linear"},
+        {"warmup_epochs": 2.0},
+        {"warmup_steps": 123},
+        {"warmup_lr": 1e-6},
+        {"min_lr": 1e-5},
+    ],
+)
+def test_every_option_of_the_rate_changes_it(change: dict) -> None:
+    changed = Optimization(**{"min_lr": 1e-6} | change)
+    epochs = (0.5, 3, 6, 9.9)
+    assert at_epochs(changed, epochs, 10) != at_epochs(Optimization(), epochs, 10)
+
+
+def test_warmup_begins_at_its_own_rate() -> None:
+    how = Optimization(warmup_lr=1e-6, reference_batch=None)
+    assert at_epochs(how, (0, 2.5, 5), 10) == pytest.approx([1e-6, 2.505e-4, 5e-4])
+
+
+def test_warmup_steps_are_optimizer_steps() -> None:
+    how = Optimization(warmup_steps=500)
+    for accumulate in (1, 4):
+        assert optim.learning_rate(how, trainer(4000, 3, 64, 1, accumulate)).warmup == 500
+    with pytest.warns(UserWarning, match="the warm-up is 500 steps, but the run has 20"):
+        optim.learning_rate(how, trainer(10, 2, 1, 1, 1))
 
 
 def test_warmup_longer_than_the_run_only_rises() -> None:
@@ -164,8 +346,30 @@ def test_clipping_matches_its_formula() -> None:
         ({"base_lr": -1.0}, "base_lr is -1.0; expected 0 or more"),
         ({"clip_norm": 0.0}, "clip_norm is 0.0"),
         ({"reference_batch": 0}, "reference_batch is 0"),
+        ({"name": "lars", "beta2": 0.9}, "lars has no beta2"),
+        ({"layer_decay": 0.0}, r"layer_decay is 0.0; expected within \(0, 1\]"),
+        ({"layer_decay": 1.1}, r"layer_decay is 1.1; expected within \(0, 1\]"),
+        ({"warmup_steps": -1}, "warmup_steps is -1"),
+        ({"warmup_lr": -1e-6}, "warmup_lr is -1e-06"),
+        ({"warmup_steps": 10, "warmup_epochs": 3.0}, "give the length of the warm-up once"),
+        ({"warmup_lr": 1e-6, "warmup_epochs": 0.0}, "there is no warm-up"),
+        ({"warmup_lr": 1e-6, "warmup_steps": 0}, "there is no warm-up"),
     ],
 )
 def test_wrong_options_are_refused(arguments: dict, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         Optimization(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("name", "adam", "'adam' is not known; expected adamw, sgd, lamb, lars"),
+        ("schedule", "step", "schedule is 'step'; expected cosine or linear"),
+    ],
+)
+def test_unknown_choices_are_refused(field: str, value: str, says: str) -> None:
+    how = Optimization()
+    object.__setattr__(how, field, value)  # past the type checker of the tests
+    with pytest.raises(ValueError, match=says):
+        how.__post_init__()

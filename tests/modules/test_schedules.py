@@ -1,10 +1,11 @@
 """Schedules against the values of METHODS."""
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 
-from modules.schedules import warmup_cosine
+from modules.schedules import warmup_cosine, warmup_linear
 
 
 def test_mae_values_at_fractional_epochs() -> None:
@@ -23,8 +24,24 @@ def test_parts_join_and_fall() -> None:
     assert values[100:] == [0.01] * 21
 
 
-def test_edges() -> None:
-    assert warmup_cosine(0, 10, 0, 3.0) == 3.0
-    assert warmup_cosine(10, 10, 10, 3.0) == 0.0
+def test_dino_values_at_the_middle_and_the_end() -> None:
+    # Batch 1024, so peak .0005 * 4; 100 epochs of 1250 steps, 10 of warm-up, down to 1e-6.
+    got = [warmup_cosine(s, 125_000, 12_500, 0.002, end=1e-6) for s in (0, 68_750, 124_999)]
+    assert got == pytest.approx([0, 0.0010005, 1e-6], abs=1e-9)
+
+
+def test_linear_falls_by_equal_steps() -> None:
+    values = [warmup_linear(s, 100, 10, 1.0, start=0.1, end=0.01) for s in range(121)]
+    assert values[:11] == pytest.approx([0.1 + 0.09 * s for s in range(11)])
+    assert values[55] == pytest.approx(0.505)  # the middle
+    falls = [a - b for a, b in itertools.pairwise(values[10:101])]
+    assert falls == pytest.approx([0.011] * 90)
+    assert values[100:] == [0.01] * 21
+
+
+@pytest.mark.parametrize("schedule", [warmup_cosine, warmup_linear])
+def test_edges(schedule: Callable[..., float]) -> None:
+    assert schedule(0, 10, 0, 3.0) == 3.0
+    assert schedule(10, 10, 10, 3.0) == 0.0
     with pytest.raises(ValueError, match="warm-up of 11 steps does not fit a run of 10"):
-        warmup_cosine(0, 10, 11, 1.0)
+        schedule(0, 10, 11, 1.0)
