@@ -87,6 +87,7 @@ def gaussian_blur(images: Tensor, sigma: Float[Tensor, " b"], kernel_size: int =
     x = x.view(1, b * c, height + 2 * reach, width + 2 * reach)
     x = F.conv2d(x, kernel[:, None, :, None], groups=b * c)
     x = F.conv2d(x, kernel[:, None, None, :], groups=b * c)
+    # Some devices convolve with fewer bits; what is not blurred keeps all of its own.
     return torch.where(column(sigma) > 0, x.view_as(images), images)
 
 

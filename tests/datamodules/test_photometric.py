@@ -15,6 +15,7 @@ from scipy import stats
 from sklearn.datasets import load_sample_image
 from torch import Tensor
 
+from datamodules.augment import BLUR, uniforms
 from datamodules.photometric import (
     ColorJitter,
     adjust_brightness,
@@ -175,6 +176,28 @@ def test_jitter_has_torchvisions_distribution() -> None:
     # And jointly: the distances between the channels.
     spread = [np.ptp(x[:, :, 0].numpy(), axis=1).sum(axis=1) for x in (ours, theirs)]
     assert stats.ks_2samp(*spread).pvalue > 1e-3
+
+
+def test_three_augment_equals_torchvision_one_by_one() -> None:
+    n = 90
+    images, k = (255.0 * pictures(n)).round(), keys(n)
+    images[:, :, 5, :2] = torch.tensor([127.0, 128.0])  # either side of the threshold
+    images /= 255.0
+    sigma = 0.1 + 1.9 * uniforms(k, BLUR, 1)
+    jitter = ColorJitter(0.3, 0.3, 0.3)
+    drawn = jitter.draw(k)
+    candidates = torch.stack(
+        [
+            TF.rgb_to_grayscale(images, 3),
+            TF.solarize(images, 128 / 255),
+            gaussian_blur(images, sigma[:, 0]),
+        ]
+    )
+    out = three_augment(images, k)
+    jittered = torch.stack([jitter.apply(candidate, drawn) for candidate in candidates])
+    errors = (jittered - out).abs().amax(dim=(2, 3, 4))
+    assert (errors.amin(dim=0) < 1e-5).all()
+    assert len(errors.argmin(dim=0).unique()) == 3
 
 
 def test_three_augment_takes_one_of_three() -> None:
