@@ -2,7 +2,8 @@
 
     images.py   ImageDataModule   labelled images of any source, cropped and augmented
 
-and what they are made of: `sources`, `sampling`, `geometry`, `augment`, `batch`.
+and what they are made of: `sources`, `sampling`, `geometry`, `photometric`, `augment`,
+`batch`.
 """
 
 from datamodules.images import ImageDataModule

@@ -15,7 +15,8 @@ from torch import Tensor
 from datamodules.batch import ImageBatch, Mixed
 
 BITS = 0xFFFFFFFF
-ERASE, NOISE, MIX = range(1, 4)  # streams: draws of one kind never meet those of another
+# Streams: draws of one kind never meet those of another. Their numbers are part of every result.
+ERASE, NOISE, MIX, CHOICE, BLUR, JITTER = range(1, 7)
 
 
 def hash32(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
@@ -35,7 +36,7 @@ def uniforms(keys: Int[Tensor, " b"], stream: int, count: int) -> Float[Tensor, 
     seeds = hash32(hash32(low ^ stream * 0x9E3779B9 & BITS) ^ high & BITS)
     counters = torch.arange(count, device=keys.device) * 0x9E3779B9 & BITS
     bits = hash32(hash32(seeds[:, None] ^ counters) ^ low[:, None])
-    return ((bits >> 8).float() + 0.5) * 2.0**-24
+    return ((bits >> 9).float() + 0.5) * 2.0**-23
 
 
 def normals(keys: Int[Tensor, " b"], stream: int, count: int) -> Float[Tensor, "b {count}"]:
@@ -60,12 +61,16 @@ def symmetric_beta(u: Float[Tensor, "b tries"], alpha: float) -> Float[Tensor, "
 
 
 def normalize(
-    images: UInt8[Tensor, "b c height width"],
+    images: UInt8[Tensor, "b c height width"] | Float[Tensor, "b c height width"],
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> Float[Tensor, "b c height width"]:
-    """uint8 to float32: (x / 255 - mean) / std, channel by channel, in one multiply-add."""
-    scale = torch.tensor([1.0 / (255.0 * s) for s in std], device=images.device)
+    """To float32: (x - mean) / std, channel by channel, in one multiply-add.
+
+    x is a float image in [0, 1], or a uint8 image divided by 255.
+    """
+    white = 1.0 if images.is_floating_point() else 255.0
+    scale = torch.tensor([1.0 / (white * s) for s in std], device=images.device)
     shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device)
     return torch.addcmul(shift[:, None, None], images.float(), scale[:, None, None])
 

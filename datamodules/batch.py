@@ -23,7 +23,8 @@ class ImageBatch(NamedTuple):
     images:   [b, c, height, width] uint8 in the worker, float32 and normalised in a method
     labels:   [b] class ids, -1 where there is none
     indices:  [b] index in the source
-    keys:     [b] what all random draws for this image in this epoch are a function of
+    keys:     [b] what all random draws for this image in this epoch are a function of; another
+              for every copy of it
     is_valid: [b] False for samples that only fill up a batch and for unreadable images in
               evaluation: they count in no metric
     is_replaced: [b] True where the image could not be read; in training another took its place

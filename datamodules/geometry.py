@@ -1,7 +1,7 @@
 """Cheap geometry on the CPU: crop, resize, flip. uint8 in, uint8 out.
 
 Everything is decided by the sample's key. Photometric work and mixing happen later, on the
-device, for whole batches (`datamodules.augment`).
+device, for whole batches (`datamodules.photometric`, `datamodules.augment`).
 """
 
 import math

@@ -16,6 +16,7 @@ from datamodules.geometry import (
     TrainGeometry,
     make_rand_augment,
 )
+from datamodules.photometric import three_augment
 from datamodules.sampling import EvalBatches, Sample, TrainBatches, fold, run_seed
 from datamodules.sources import BadImageError, Example, Source, Split, open_source
 from datamodules.unreadable import Unreadable
@@ -79,6 +80,8 @@ class ImageDataModule(LightningDataModule):
         channels: 1 or 3 channels of the images.
         image_size: side in pixels of what the network sees, or (height, width).
         batch_size: images in a batch of one device.
+        repeats: copies of each image in an epoch, each augmented differently; an epoch stays as
+            long and holds that many times fewer images (DeiT: 3).
         num_workers: processes that decode and crop; 0 does it in the training process. It
             changes nothing but speed.
         crop_scale: area share of the random training crop.
@@ -89,6 +92,8 @@ class ImageDataModule(LightningDataModule):
         mean: what is subtracted from images in [0, 1], a number a channel.
         std: what they are then divided by.
         rand_augment: timm's recipe, such as "rand-m9-mstd0.5-inc1", or null.
+        three_augment: DeiT III's 3-Augment, on the device before normalisation, and unlike the
+            published one not rounded to 8 bits; not together with rand_augment.
         erasing: probability of erasing one rectangle of an image.
         mixup: alpha of Mixup, 0 for none.
         cutmix: alpha of CutMix, 0 for none.
@@ -107,6 +112,7 @@ class ImageDataModule(LightningDataModule):
         channels: Literal[1, 3] = 3,
         image_size: int | tuple[int, int] = 224,
         batch_size: int = 64,
+        repeats: int = 1,
         num_workers: int = 2,
         crop_scale: tuple[float, float] = (0.08, 1.0),
         crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
@@ -116,6 +122,7 @@ class ImageDataModule(LightningDataModule):
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
         rand_augment: str | None = None,
+        three_augment: bool = False,
         erasing: float = 0.0,
         mixup: float = 0.0,
         cutmix: float = 0.0,
@@ -129,10 +136,16 @@ class ImageDataModule(LightningDataModule):
         self.crop_scale, self.crop_ratio, self.flip = crop_scale, crop_ratio, flip
         self.interpolation, self.eval_crop = interpolation, eval_crop
         self.mean, self.std, self.erasing, self.max_bad = mean, std, erasing, max_bad
+        self.repeats, self.three_augment = repeats, three_augment
         self.mixing = Mixing(mixup, cutmix, mix_probability)
         self.check_arguments()
         self.rand_augment: Augment | None = None
         if rand_augment is not None:
+            if three_augment:
+                raise ValueError(
+                    f"rand_augment {rand_augment!r} and three_augment are both on; recipes use "
+                    f"one or the other: set rand_augment to null or three_augment to false"
+                )
             if channels != 3:
                 raise ValueError(f"rand_augment needs 3 channels, but channels is {channels}")
             self.rand_augment = make_rand_augment(rand_augment, tuple(round(255 * m) for m in mean))
@@ -150,6 +163,10 @@ class ImageDataModule(LightningDataModule):
                 f"batch_size is {self.batch_size}; expected at least 1, and an even number "
                 f"for mixup or cutmix, which mix pairs"
             )
+        if self.repeats < 1:
+            raise ValueError(f"repeats is {self.repeats}; expected at least 1")
+        if self.three_augment and self.channels != 3:
+            raise ValueError(f"three_augment needs 3 channels, but channels is {self.channels}")
         for name in ("flip", "erasing", "max_bad"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected within [0, 1]")
@@ -196,14 +213,15 @@ class ImageDataModule(LightningDataModule):
             limit = self.trainer.limit_train_batches or 1.0
             rank, world_size = self.trainer.global_rank, self.trainer.world_size
         size = (len(self.train_source), self.batch_size, self.seed, rank, world_size)
-        length = len(TrainBatches(*size))
+        length = len(TrainBatches(*size, repeats=self.repeats))
         per_epoch = min(length, limit) if isinstance(limit, int) else int(length * limit)
-        sampler = TrainBatches(*size, batches_done, max(1, per_epoch))
+        sampler = TrainBatches(*size, batches_done, max(1, per_epoch), self.repeats)
         self.check_resumed(
             {
                 "images": len(self.train_source),
                 "images in a global batch": self.batch_size * world_size,
                 "batches in an epoch": per_epoch,
+                "repeats": self.repeats,
             }
         )
         geometry = TrainGeometry(
@@ -264,9 +282,13 @@ class ImageDataModule(LightningDataModule):
         return batch if training else batch._replace(is_valid=batch.is_valid & ~batch.is_replaced)
 
     def on_after_batch_transfer(self, batch: ImageBatch, dataloader_idx: int) -> ImageBatch:
-        """Normalise; in training also erase and mix. On the device, for the whole batch."""
-        batch = batch._replace(images=normalize(batch.images, self.mean, self.std))
-        if self.trainer is None or not self.trainer.training:
+        """Normalise; in training also augment, erase and mix. On the device, in batches."""
+        training = self.trainer is not None and self.trainer.training
+        images = batch.images
+        if training and self.three_augment:
+            images = three_augment(images.float() / 255.0, batch.keys)
+        batch = batch._replace(images=normalize(images, self.mean, self.std))
+        if not training:
             return batch
         if self.erasing > 0:
             batch = batch._replace(images=erase(batch.images, batch.keys, self.erasing))

@@ -47,10 +47,33 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=fold(seed, epoch))).permutation(num_samples)
 
 
+def repeated(places: np.ndarray, repeats: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which image of the epoch's order stands at each place, and which copy of it.
+
+    Two images take turns, a b a b a b c d c d c d for three repeats: what stands at the places
+    i and i ^ 1, which mixing pairs, is never the same image.
+    """
+    pair, turn = np.divmod(places, 2 * repeats)
+    return 2 * pair + turn % 2, turn // 2
+
+
+def copy_key(seed: int, epoch: int, item: int, copy: int) -> int:
+    """The key of one copy of a sample; that of copy 0 does not depend on how many there are."""
+    return fold(seed, epoch, item, copy) if copy else fold(seed, epoch, item)
+
+
 class TrainBatches(Sampler[list[Sample]]):
     """Batches of one rank: shuffled, all of one size, as many on every rank.
 
     The images that do not fill a last global batch sit out the epoch; others do in the next.
+
+    With `repeats` above 1 an image comes so many times close together, augmented differently
+    (repeated augmentation: Hoffer et al. 2020; DeiT uses 3). An epoch is as long as without, so
+    it holds about num_samples / repeats distinct images. The order does not depend on the size
+    of a batch: other devices or accumulation still change nothing. DeiT's sampler fills a global
+    batch with the same images, up to its ends, but deals them out one by one, so that copies of
+    an image land on different ranks. Here they mostly stand on one; batch normalisation would
+    see that, the mean gradient does not.
 
     Args:
         num_samples: size of the source.
@@ -59,9 +82,10 @@ class TrainBatches(Sampler[list[Sample]]):
         rank, world_size: which slice of each global batch is ours.
         batches_done: batches this rank took before, in all epochs: where to go on.
         batches_per_epoch: stop an epoch after so many; None takes all.
+        repeats: copies of each image in an epoch, each with a key of its own.
 
     Raises:
-        ValueError: fewer samples than one global batch.
+        ValueError: fewer samples than one global batch, `repeats` below 1.
     """
 
     def __init__(
@@ -73,9 +97,12 @@ class TrainBatches(Sampler[list[Sample]]):
         world_size: int = 1,
         batches_done: int = 0,
         batches_per_epoch: int | None = None,
+        repeats: int = 1,
     ) -> None:
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.repeats = rank, world_size, repeats
+        if repeats < 1:
+            raise ValueError(f"repeats is {repeats}; expected at least 1")
         self.length = num_samples // (batch_size * world_size)
         if self.length == 0:
             raise ValueError(
@@ -110,8 +137,11 @@ class TrainBatches(Sampler[list[Sample]]):
         first = self.first_batch if epoch == self.first_epoch else 0
         for batch in range(first, self.length):
             start = (batch * self.world_size + self.rank) * self.batch_size
-            picked = order[start : start + self.batch_size]
-            yield [Sample(int(i), fold(self.seed, epoch, int(i))) for i in picked]
+            images, copies = repeated(np.arange(start, start + self.batch_size), self.repeats)
+            yield [
+                Sample(item, copy_key(self.seed, epoch, item, copy))
+                for item, copy in zip(order[images].tolist(), copies.tolist(), strict=True)
+            ]
 
 
 class EvalBatches(Sampler[list[Sample]]):

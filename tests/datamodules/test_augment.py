@@ -67,7 +67,8 @@ def test_normalize() -> None:
     images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
     expected = (images / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
-    torch.testing.assert_close(normalize(images, mean, std), expected, atol=1e-5, rtol=1e-5)
+    for scaled in (images, images / 255):
+        torch.testing.assert_close(normalize(scaled, mean, std), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_erasing_has_timms_statistics() -> None:

@@ -9,14 +9,21 @@ import torch
 from lightning.pytorch import Callback
 
 from datamodules import ImageDataModule
+from datamodules.augment import normalize
 from datamodules.batch import ImageBatch
+from datamodules.photometric import three_augment
 from tests import small
 from tests.datamodules.test_folder import tree
+from tests.runs import differences
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATCHLIGHT_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+# Options of a recipe for coloured images.
+COLOR: dict[str, Any] = {"channels": 3, "mean": (0.4, 0.5, 0.6), "std": (0.5,) * 3}
 
 
 class Seen(Callback):
@@ -71,11 +78,16 @@ def test_what_a_method_is_given(tmp_path: Path) -> None:
         {"std": (0.9,)},
         {"eval_crop": 0.5},
         {"source_args": {}, "source": "shapes"},
+        {"repeats": 3},
+        {"rand_augment": "rand-m9-mstd0.5-inc1"},
+        {"three_augment": True},
     ],
     ids=lambda option: next(iter(option)),
 )
 def test_every_option_changes_what_is_seen(tmp_path: Path, option: dict) -> None:
     base = {"mixup": 0.0, "erasing": 0.0, "flip": 0.0}
+    if "augment" in next(iter(option)):
+        base |= COLOR | {"source": "shapes"}
     one = batches(tmp_path, small.data(**base), limit_train_batches=1, limit_val_batches=1)
     other = batches(
         tmp_path, small.data(**base | option), limit_train_batches=1, limit_val_batches=1
@@ -88,16 +100,62 @@ def test_every_option_changes_what_is_seen(tmp_path: Path, option: dict) -> None
     assert same_val == (key not in both[0] | both[1])  # evaluation is never augmented
 
 
-def test_mix_probability_and_rand_augment(tmp_path: Path) -> None:
+def test_mix_probability(tmp_path: Path) -> None:
     never = batches(tmp_path, small.data(mixup=1.0, mix_probability=0.0, erasing=0.0))
     assert never.train[0].mixed is None
-    shapes = {"source": "shapes", "channels": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3}
-    plain, augmented = (
-        batches(tmp_path, small.data(**shapes, mixup=0.0, erasing=0.0, rand_augment=recipe))
-        for recipe in (None, "rand-m9-mstd0.5-inc1")
-    )
-    assert not torch.equal(plain.train[0].images, augmented.train[0].images)
-    assert torch.equal(plain.val[0].images, augmented.val[0].images)
+
+
+def test_three_augment_comes_between_geometry_and_normalisation(tmp_path: Path) -> None:
+    options = COLOR | {"source": "shapes", "mixup": 0.0, "erasing": 0.0}
+    plain = batches(tmp_path, small.data(**options | {"mean": (0.0,) * 3, "std": (1.0,) * 3}))
+    augmented = batches(tmp_path, small.data(**options, three_augment=True))
+    for before, after in zip(plain.train, augmented.train, strict=True):
+        expected = normalize(three_augment(before.images, before.keys), COLOR["mean"], COLOR["std"])
+        torch.testing.assert_close(after.images, expected, atol=1e-5, rtol=0.0)
+
+
+def test_repeats_bring_every_image_several_times_and_never_mix_it_with_itself(
+    tmp_path: Path,
+) -> None:
+    whole = {"limit_train_batches": 1.0, "limit_val_batches": 1}
+    seen = batches(tmp_path, small.data(batch_size=64, repeats=3, mixup=0.5), **whole)
+    once = batches(tmp_path, small.data(batch_size=64, mixup=0.5), **whole)
+    assert len(seen.train) == len(once.train)
+    indices, keys = (torch.cat([getattr(b, f) for b in seen.train]) for f in ("indices", "keys"))
+    assert indices.unique(return_counts=True)[1].float().mean() > 2.98
+    assert len(keys.unique()) == len(keys)
+    assert (indices != indices.view(-1, 2).flip(1).flatten()).all()
+    plain = batches(tmp_path, small.data(repeats=2, mixup=0.0, erasing=0.0)).train[0]
+    assert plain.indices[0] == plain.indices[2]
+    assert not torch.equal(plain.images[0], plain.images[2])  # two copies, cut differently
+
+
+def test_a_run_with_repeats_and_three_augment_resumes_exactly(tmp_path: Path) -> None:
+    options = COLOR | {"source": "shapes", "repeats": 3, "three_augment": True}
+
+    class Stop(Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 7:
+                raise RuntimeError("stopped at step 7")
+
+    def fit(name: str, *callbacks: Callback, start: Path | None = None) -> tuple[Any, Seen]:
+        seen = Seen()
+        torch.manual_seed(0)
+        method = small.method(backbone=small.ViT("mu", patch_size=8, image_size=16))
+        trainer = small.trainer(tmp_path / name, seen, *callbacks, max_epochs=2)
+        trainer.fit(method, small.data(**options), ckpt_path=start, weights_only=True)
+        return method, seen
+
+    method, whole = fit("whole")
+    with pytest.raises(RuntimeError, match="stopped at step 7"):
+        fit("part", Stop())
+    (checkpoint,) = (tmp_path / "part").rglob("last.ckpt")
+    resumed, rest = fit("rest", start=checkpoint)
+    assert len(rest.train) == 3
+    for one, other in zip(whole.train[7:], rest.train, strict=True):
+        assert torch.equal(one.keys, other.keys)
+        assert torch.equal(one.images, other.images)
+    assert differences(method.state_dict(), resumed.state_dict()) == []
 
 
 @pytest.fixture
@@ -164,6 +222,12 @@ def test_unlabelled_data_is_refused(tmp_path: Path) -> None:
         ({"crop_scale": (0.5, 0.2)}, "crop_scale"),
         ({"crop_ratio": (0.0, 1.0)}, "crop_ratio"),
         ({"rand_augment": "rand-m9"}, "rand_augment needs 3 channels"),
+        ({"three_augment": True}, "three_augment needs 3 channels, but channels is 1"),
+        (
+            COLOR | {"three_augment": True, "rand_augment": "rand-m9"},
+            "rand_augment 'rand-m9' and three_augment are both on",
+        ),
+        ({"repeats": 0}, "repeats is 0; expected at least 1"),
     ],
 )
 def test_wrong_options(arguments: dict, says: str) -> None:

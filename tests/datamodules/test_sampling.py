@@ -1,10 +1,13 @@
 """Samplers: every sample in its place, whatever the world size, and from anywhere on."""
 
+from collections import Counter
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.data.distributed_sampler import RepeatAugSampler
 
-from datamodules.sampling import EvalBatches, TrainBatches, epoch_order, fold
+from datamodules.sampling import EvalBatches, Sample, TrainBatches, epoch_order, fold
 
 sizes = st.tuples(st.integers(8, 200), st.integers(1, 4), st.integers(1, 4))  # images, batch, world
 
@@ -21,28 +24,37 @@ def test_fold_is_fixed_for_ever() -> None:
     assert 0 <= fold(-1) < 2**63
 
 
-@given(sizes, st.integers(0, 5), st.integers(0, 3))
+@given(sizes, st.integers(0, 5), st.integers(0, 3), st.integers(1, 4))
 @settings(deadline=None, max_examples=60)
-def test_ranks_share_one_global_batch(size: tuple[int, int, int], seed: int, epoch: int) -> None:
+def test_ranks_share_one_global_batch(
+    size: tuple[int, int, int], seed: int, epoch: int, repeats: int
+) -> None:
     num, batch, world = size
     if num < batch * world:
         with pytest.raises(ValueError, match="do not fill one global batch"):
             TrainBatches(num, batch, seed, 0, world)
         return
-    whole = TrainBatches(num, batch * world, seed)
-    ranks = [TrainBatches(num, batch, seed, rank, world) for rank in range(world)]
+    whole = TrainBatches(num, batch * world, seed, repeats=repeats)
+    ranks = [TrainBatches(num, batch, seed, r, world, repeats=repeats) for r in range(world)]
     for sampler in (whole, *ranks):
         sampler.set_epoch(epoch)
     assert {len(r) for r in ranks} == {len(whole)}
     joined = [[s for part in parts for s in part] for parts in zip(*ranks, strict=True)]
     assert joined == list(whole)
-    seen = [sample.item for part in joined for sample in part]
+    seen = [sample for part in joined for sample in part]
     assert len(seen) == len(set(seen)) == num // (batch * world) * batch * world
+    assert max(Counter(sample.item for sample in seen).values()) <= repeats
+    # Nor does it matter how the same samples are accumulated.
+    micro = TrainBatches(num, batch, seed, repeats=repeats)
+    micro.set_epoch(epoch)
+    assert [sample for part in micro for sample in part][: len(seen)] == seen
 
 
-@given(sizes, st.integers(0, 40))
+@given(sizes, st.integers(0, 40), st.integers(1, 4))
 @settings(deadline=None, max_examples=60)
-def test_goes_on_where_the_counter_stands(size: tuple[int, int, int], done: int) -> None:
+def test_goes_on_where_the_counter_stands(
+    size: tuple[int, int, int], done: int, repeats: int
+) -> None:
     num, batch, _ = size
 
     def batches(sampler: TrainBatches, epochs: range) -> list:
@@ -52,10 +64,10 @@ def test_goes_on_where_the_counter_stands(size: tuple[int, int, int], done: int)
             out += list(sampler)
         return out
 
-    full = batches(TrainBatches(num, batch, 3), range(12))
+    full = batches(TrainBatches(num, batch, 3, repeats=repeats), range(12))
     per_epoch = len(TrainBatches(num, batch, 3))
     done = min(done, 11 * per_epoch)
-    resumed = TrainBatches(num, batch, 3, batches_done=done)
+    resumed = TrainBatches(num, batch, 3, batches_done=done, repeats=repeats)
     assert len(resumed) == per_epoch
     assert batches(resumed, range(done // per_epoch, 12)) == full[done:]
 
@@ -76,6 +88,62 @@ def test_shortened_epochs() -> None:
 def test_epochs_and_seeds_differ() -> None:
     orders = {tuple(epoch_order(20, seed, epoch)) for seed in range(3) for epoch in range(3)}
     assert len(orders) == 9
+
+
+def test_without_repeats_order_and_keys_are_fixed_for_ever() -> None:
+    sampler = TrainBatches(20, 4, seed=5)
+    sampler.set_epoch(2)
+    order = epoch_order(20, 5, 2).tolist()
+    assert [s for b in sampler for s in b] == [Sample(i, fold(5, 2, i)) for i in order]
+
+
+@pytest.mark.parametrize("repeats", [2, 3, 5])
+def test_repeats(repeats: int) -> None:
+    num, batch = 240, 8
+    sampler = TrainBatches(num, batch, seed=1, repeats=repeats)
+    sampler.set_epoch(3)
+    samples = [sample for part in sampler for sample in part]
+    assert len(samples) == num  # an epoch is as long, with fewer images
+    times = Counter(sample.item for sample in samples)
+    assert len(times) == num // repeats
+    assert set(times.values()) == {repeats}
+    assert set(times) == set(epoch_order(num, 1, 3)[: num // repeats].tolist())
+    # Every copy is augmented differently, the first as if there were no others.
+    assert len({sample.key for sample in samples}) == num
+    for item in times:
+        keys = [sample.key for sample in samples if sample.item == item]
+        assert keys == [fold(1, 3, item), *(fold(1, 3, item, copy) for copy in range(1, repeats))]
+
+
+@given(sizes, st.integers(2, 5))
+@settings(deadline=None, max_examples=60)
+def test_mixing_never_pairs_an_image_with_itself(size: tuple[int, int, int], repeats: int) -> None:
+    num, half, world = size
+    if num < 2 * half * world:
+        return
+    for rank in range(world):
+        for batch in TrainBatches(num, 2 * half, 0, rank, world, repeats=repeats):
+            items = [sample.item for sample in batch]
+            assert all(a != b for a, b in zip(items[0::2], items[1::2], strict=True))
+
+
+def test_global_batches_hold_the_images_of_the_published_sampler() -> None:
+    num, batch, world = 1200, 6, 4
+    order = epoch_order(num, 0, 0).tolist()
+    ours = TrainBatches(num, batch * world, 0, repeats=3)  # a batch holds whole pairs of images
+    theirs = [
+        list(RepeatAugSampler(range(num), world, rank, shuffle=False, selected_round=0))
+        for rank in range(world)
+    ]
+    assert len(ours) == len(theirs[0]) // batch
+    for step, samples in enumerate(ours):
+        places = [place for t in theirs for place in t[step * batch : (step + 1) * batch]]
+        assert Counter(order[p] for p in places) == Counter(s.item for s in samples)
+
+
+def test_wrong_repeats_are_refused() -> None:
+    with pytest.raises(ValueError, match="repeats is 0; expected at least 1"):
+        TrainBatches(10, 2, 0, repeats=0)
 
 
 @given(sizes)

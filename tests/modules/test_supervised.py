@@ -15,9 +15,9 @@ from timm.models.deit import VisionTransformerDistilled
 from datamodules.batch import ImageBatch, Mixed
 from modules import Supervised
 from modules.backbones import ViT
+from modules.losses import loss_per_image, soft_cross_entropy, soft_targets
 from modules.metrics import Tally
 from modules.optim import Optimization
-from modules.losses import loss_per_image, soft_cross_entropy, soft_targets
 from modules.supervised import Classifier
 from tests import small
 from tests.runs import differences
