@@ -123,9 +123,10 @@ class TrainBatches(Sampler[list[Sample]]):
 
     def set_epoch(self, epoch: int) -> None:
         # After a run that `max_steps` ended within an epoch, the trainer counts one more than the
-        # batches that were taken; the batches are right.
+        # batches that were taken; the batches are right. After one that stopped between its last
+        # batch and the end of the epoch it counts one less, and catches up by itself.
         if self.ahead is None:
-            self.ahead = epoch - self.first_epoch
+            self.ahead = max(0, epoch - self.first_epoch)
         self.epoch = epoch - self.ahead
 
     def __len__(self) -> int:
