@@ -60,7 +60,8 @@ def tell(part: str, found: Description, file: str, several: bool) -> str:
         model["num_classes"] = found.num_classes
     model["backbone"] = {"class_path": "modules.backbones.ViT", "init_args": found.backbone}
     recipe = yaml.safe_dump({"model": {"init_args": model}}, sort_keys=False)
-    lines.append("  it fits this, up to what leaves no trace (the activation, norm epsilon):")
+    traceless = "activation, fixed positions, norm epsilon"
+    lines.append(f"  it fits this, but for what leaves no trace ({traceless}):")
     return "\n".join([*lines, *(f"    {line}" for line in recipe.splitlines())])
 
 

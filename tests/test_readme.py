@@ -1,13 +1,18 @@
 """Every command of the README works as it stands there."""
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from modules.backbones import ViT
+from modules.supervised import Classifier
+from modules.weights import to_timm
 from tests.datamodules.test_folder import tree
 from tests.datamodules.test_sources import fashion
 from tests.runs import ROOT, patchlight
@@ -21,7 +26,7 @@ SHORT = ["--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]
 def command(start: str) -> list[str]:
     """The arguments of the one README command that starts like this."""
     (found,) = (line.strip() for line in COMMANDS if line.startswith(start))
-    return found.removeprefix("patchlight ").split()
+    return shlex.split(found.removeprefix("patchlight "))
 
 
 def test_it_opens_with_the_two_lines() -> None:
@@ -41,6 +46,7 @@ def test_every_link_leads_somewhere_and_no_figure_is_missing() -> None:
 
 def test_nothing_is_left_out_here() -> None:
     tested = ("pip", "mkdir -p data/Fashion", "patchlight check-data", "patchlight validate")
+    tested += ("patchlight inspect", "patchlight export", "patchlight sweep")
     for line in COMMANDS:
         assert line.startswith((*tested, "patchlight fit --resume", "patchlight fit --config"))
 
@@ -54,6 +60,29 @@ def test_train_resume_and_validate(tmp_path: Path) -> None:
         done = patchlight(*command(start), *SHORT[1:], cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     assert "val/accuracy" in done.stdout
+    done = patchlight(*command("patchlight export"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "vit.safetensors").is_file()
+    done = patchlight(*command("patchlight sweep"), *SHORT, QUICK[1], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    table = tmp_path / "runs" / "sweep" / "supervised" / "table.md"
+    assert [line.split(" | ")[0] for line in table.open()][2:] == ["| none", "| sincos2d"]
+
+
+@pytest.mark.slow
+def test_published_weights(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
+    tree(tmp_path / "my_images")
+    torch.save(to_timm(Classifier(ViT("mu"), 7)), tmp_path / "weights.pth")
+    done = patchlight(*command("patchlight inspect"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "variant: mu" in done.stdout
+    small = ["--model.init_args.backbone.init_args.variant=mu", "--data.init_args.batch_size=4"]
+    small += ["--data.init_args.root=my_images", "--data.init_args.num_workers=0", *QUICK, *SHORT]
+    start = "patchlight fit --config experiments/supervised/vit_ti16.yaml --model.init_args.weights"
+    done = patchlight(*command(start), *small, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "weights.pth: 30 tensors read" in done.stdout + done.stderr
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ MARKS = (  # a name that only this code base writes
     (r"\.gamma_1$", "DeiT-III"),
     (r"^(mask_token|decoder_)", "MAE"),
     (r"^head\.(mlp|last_layer)\.", "DINO"),
-    (r"^positions\.", "Patchlight"),
+    (r"^(positions|relative)\.", "Patchlight"),
     (r"^(pos_embed|cls_token)$", "timm, DeiT or DINO"),
 )
 
@@ -127,12 +127,13 @@ def position_arguments(state: State, patch: int) -> dict[str, Any]:
     if "positions.table" not in state:
         kinds = {
             "positions.columns": "learned2d",
+            "positions.0.columns": "learned2d",
             "positions.0.table": "learned1d",
             "relative.table": "relative",
             "relative.0.table": "relative",
         }
         kind = next((kind for name, kind in kinds.items() if name in state), "none")
-        inject = "every" if "positions.0.table" in state else None
+        inject = "every" if any(name.startswith("positions.0.") for name in state) else None
         return {"positions": {"kind": kind, **({"inject": inject} if inject else {})}}
     table = state["positions.table"]
     names = ("cls_token", "dist_token", "reg_token")

@@ -12,6 +12,7 @@ from timm.data.mixup import mixup_target
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models.deit import VisionTransformerDistilled
 
+from callbacks.checkpoint import read_checkpoint
 from datamodules.batch import ImageBatch, Mixed
 from modules import Supervised
 from modules.backbones import ViT
@@ -19,6 +20,7 @@ from modules.losses import loss_per_image, soft_cross_entropy, soft_targets
 from modules.metrics import Tally
 from modules.optim import Optimization
 from modules.supervised import Classifier
+from modules.weights import to_timm
 from tests import small
 from tests.runs import differences
 
@@ -268,3 +270,38 @@ def test_label_smoothing_changes_training_but_not_evaluation(tmp_path: Path) -> 
         small.trainer(tmp_path).validate(m, small.data(), verbose=False) for m in (a, b)
     )
     assert one == other
+
+
+def test_a_run_starts_from_weights_and_does_not_need_them_again(tmp_path: Path) -> None:
+    file = tmp_path / "weights.pth"
+    first = small.method(ema_decay=None)
+    torch.save(to_timm(first.classifier), file)
+
+    class Begin(Callback):
+        def on_train_start(self, trainer: Any, module: Any) -> None:
+            self.head = module.classifier.head.weight.detach().clone()
+            self.averaged = module.averaged.head.weight.detach().clone()
+
+    begin = Begin()
+    method = small.method(weights=str(file))
+    torch.nn.init.zeros_(method.classifier.head.weight)
+    small.trainer(tmp_path, begin, max_epochs=1).fit(method, small.data())
+    assert torch.equal(begin.head, first.classifier.head.weight)
+    assert torch.equal(begin.averaged, begin.head)
+
+    file.unlink()
+    last = next(tmp_path.rglob("last.ckpt"))
+    again = small.method(weights=str(file))
+    small.trainer(tmp_path / "more", begin, max_epochs=2).fit(
+        again, small.data(), ckpt_path=last, weights_only=True
+    )
+    assert torch.equal(begin.head, read_checkpoint(last)["state_dict"]["classifier.head.weight"])
+    with pytest.raises(ValueError, match="no such file"):
+        small.trainer(tmp_path / "new", max_epochs=1).fit(
+            small.method(weights=str(file)), small.data()
+        )
+
+
+def test_options_about_weights_need_weights() -> None:
+    with pytest.raises(ValueError, match="weights_part and weights_drop are about weights"):
+        small.method(weights_drop=["head"])
