@@ -30,13 +30,14 @@ def draw(run: Path, out: Path) -> None:
     percent.plot(
         [e.step for e in accuracy], [100 * e.value for e in accuracy], "o-", color="tab:blue"
     )
+    percent.margins(x=0.08, y=0.2)
     percent.set_ylabel("held-out accuracy (%)", color="tab:blue")
     for event in accuracy:
         percent.annotate(
             f"{100 * event.value:.1f}",
             (event.step, 100 * event.value),
             textcoords="offset points",
-            xytext=(0, -14),
+            xytext=(0, 8),
             ha="center",
             color="tab:blue",
         )

@@ -1,24 +1,27 @@
 """What everything around the network costs: `fit` against a bare PyTorch loop with timm's ViT.
 
-    python -m experiments.benchmarks.step [--rounds 6] [--steps 8]
+    python -m experiments.benchmarks.step [--steps 40]
 
-ViT-Ti/16 at 224 px, batch 32, cross-entropy, AdamW. Three arms take turns, round by round:
+ViT-Ti/16 at 224 px, batch 32, cross-entropy, AdamW. Three arms take turns step by step, in
+another order each time, so that a slow minute of the machine is slow for all:
 
     bare timm     timm's network and one batch made beforehand; forward, backward, step
-    bare ours     the same loop around our network
+    bare ours     the same around our network
     patchlight    `Trainer.fit` with all that the command adds: an in-memory source of 256 px
                   images, crops, flips, erasing and mixing, EMA off, logging every 10 steps,
-                  TensorBoard, seeding, checkpoint callback
+                  TensorBoard, seeding, the check for finite losses, checkpoint callback
 
-The time of a step is from its end to the end of the next; a round's first two steps are left
-out. The table shows medians over all rounds, and the median of the ratios round by round.
+The other two arms run in a callback of that fit, whose own time is left out. The table shows
+medians, and the median and quartiles of the ratios step by step.
 """
 
 import argparse
+import logging
 import statistics
 import tempfile
 import time
-from itertools import pairwise
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -31,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from callbacks import AugmentedBatch, Checkpoint, StepSeed, Throughput
+from callbacks import AugmentedBatch, Checkpoint, FiniteLoss, StepSeed, Throughput
 from callbacks.checkpoint import AtomicCheckpointIO
 from datamodules import ImageDataModule
 from datamodules.sources import Example, Source
@@ -41,6 +44,7 @@ from modules.optim import Optimization
 from modules.supervised import Classifier
 
 BATCH, CLASSES, WARM_UP = 32, 1000, 2
+TIMM, FITTED = "bare timm", "patchlight"
 
 
 class InMemory:
@@ -69,40 +73,55 @@ class InMemoryDataModule(ImageDataModule):
         return self.memory
 
 
-class Clock(Callback):
-    def __init__(self) -> None:
-        self.ends: list[float] = []
+class TakeTurns(Callback):
+    """Between two steps of a fit, one step of every other arm; all are timed."""
+
+    def __init__(self, others: dict[str, Callable[[], None]]) -> None:
+        self.others = others
+        self.times: dict[str, list[float]] = {name: [] for name in (*others, FITTED)}
+        self.resumed: float | None = None
 
     def on_train_batch_end(self, *_: Any) -> None:
-        self.ends.append(time.perf_counter())
+        now = time.perf_counter()
+        if self.resumed is not None:
+            self.times[FITTED].append(now - self.resumed)
+        names = list(self.others)
+        start = len(self.times[FITTED]) % len(names)
+        for name in names[start:] + names[:start]:
+            begin = time.perf_counter()
+            self.others[name]()
+            self.times[name].append(time.perf_counter() - begin)
+        self.resumed = time.perf_counter()
 
 
-def durations(ends: list[float]) -> list[float]:
-    return [end - start for start, end in pairwise(ends)][WARM_UP:]
-
-
-def bare(network: nn.Module, steps: int) -> list[float]:
-    """Seconds of each step of a plain loop."""
+def bare(network: nn.Module) -> Callable[[], None]:
+    """One step of a plain loop."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
     images, labels = torch.randn(BATCH, 3, 224, 224), torch.randint(0, CLASSES, (BATCH,))
-    ends = []
-    for _ in range(steps):
+
+    def step() -> None:
         optimizer.zero_grad()
         torch.autograd.backward(F.cross_entropy(network(images), labels))
         optimizer.step()
-        ends.append(time.perf_counter())
-    return durations(ends)
+
+    return step
 
 
-def fitted(steps: int) -> list[float]:
-    """Seconds of each step of `Trainer.fit`."""
-    clock = Clock()
+def measure(steps: int) -> dict[str, list[float]]:
+    """Seconds of each step of each arm, after the first steps of all."""
+    turns = TakeTurns(
+        {
+            TIMM: bare(timm.create_model("vit_tiny_patch16_224", num_classes=CLASSES)),
+            "bare ours": bare(Classifier(ViT("Ti"), CLASSES)),
+        }
+    )
     with tempfile.TemporaryDirectory() as directory:
+        added = [StepSeed(), FiniteLoss(), Throughput(), AugmentedBatch(), Checkpoint()]
         trainer = Trainer(
-            max_steps=steps,
+            max_steps=steps + WARM_UP + 1,
             accelerator="cpu",
             logger=TensorBoardLogger(directory, default_hp_metric=False),
-            callbacks=[StepSeed(), Throughput(), AugmentedBatch(), Checkpoint(), clock],
+            callbacks=[*added, turns],
             plugins=[AtomicCheckpointIO()],
             use_distributed_sampler=False,
             limit_val_batches=0,
@@ -115,35 +134,23 @@ def fitted(steps: int) -> list[float]:
             batch_size=BATCH, num_workers=0, mixup=0.8, cutmix=1.0, erasing=0.25
         )
         trainer.fit(method, data)
-    return durations(clock.ends)
+    return {name: times[-steps:] for name, times in turns.times.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=40)
     given = parser.parse_args()
-    seed_everything(0)
-    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=CLASSES)
-    ours = Classifier(ViT("Ti"), CLASSES)
-    arms = {
-        "bare timm": lambda: bare(theirs, given.steps),
-        "bare ours": lambda: bare(ours, given.steps),
-        "patchlight": lambda: fitted(given.steps),
-    }
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    names = list(arms)
-    for turn in range(given.rounds):  # every arm is first, second and last in turn
-        for name in names[turn % 3 :] + names[: turn % 3]:
-            times[name].append(statistics.median(arms[name]()))
-    table = Table("arm", "median step (s)", "ratio to bare timm", "range of ratios")
-    for name, medians in times.items():
-        ratios = [m / t for m, t in zip(medians, times["bare timm"], strict=True)]
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    seed_everything(0, verbose=False)
+    times = measure(given.steps)
+    table = Table("arm", "median step (s)", "ratio to bare timm", "quartiles")
+    for name, seconds in times.items():
+        ratios = [s / t for s, t in zip(seconds, times[TIMM], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
         table.add_row(
-            name,
-            f"{statistics.median(medians):.3f}",
-            f"{statistics.median(ratios):.3f}",
-            f"{min(ratios):.3f} to {max(ratios):.3f}",
+            name, f"{statistics.median(seconds):.3f}", f"{middle:.3f}", f"{low:.3f} to {high:.3f}"
         )
     Console().print(table)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, timm {timm.__version__}")
