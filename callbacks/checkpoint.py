@@ -138,7 +138,7 @@ def sync_directory(path: Path) -> None:
 class Checkpoint(CheckpointBase):
     """Keeps `last.ckpt` current and `best.ckpt` the best.
 
-    `last` is written every `every_n_steps` optimizer steps, at the end of every epoch, and when
+    A run is evaluated at its end, whatever its interval. `last` is written every `every_n_steps` optimizer steps, at the end of every epoch, and when
     the run is told to stop (SIGTERM).
 
     Args:
@@ -159,6 +159,7 @@ class Checkpoint(CheckpointBase):
         self.best: float | None = None
         self.best_step = 0
         self.saved_step = -1
+        self.validated_step = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         directory = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
@@ -187,7 +188,10 @@ class Checkpoint(CheckpointBase):
             self.save_last(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or trainer.state.fn != "fit" or self.monitor is None:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        self.validated_step = trainer.global_step
+        if self.monitor is None:
             return
         metrics = trainer.callback_metrics
         if self.monitor not in metrics:
@@ -201,6 +205,14 @@ class Checkpoint(CheckpointBase):
         if self.best is None or (value > self.best if self.mode == "max" else value < self.best):
             self.best, self.best_step = value, trainer.global_step
             self.save(trainer, "best.ckpt")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # `max_steps`, or epochs that are not evaluated, can end a run between two evaluations; its
+        # last weights are those that it is about.
+        if self.validated_step != trainer.global_step and trainer.enable_validation:
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.save_last(trainer)

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from callbacks.checkpoint import read_checkpoint
 from modules import weights
 from modules.weights.files import read
-from modules.weights.inspect import Description, describe
+from modules.weights.inspect import UNKNOWN, Description, describe
 
 
 def inspect(argv: Sequence[str]) -> int:
@@ -50,19 +50,38 @@ def tell(part: str, found: Description, file: str, several: bool) -> str:
         more = f", and {len(found.others) - 6} more" if len(found.others) > 6 else ""
         lines.append(f"  beside backbone and head: {', '.join(found.others[:6])}{more}")
     if found.backbone is None:
-        return "\n".join([*lines, "  no ViT: no loader of this project fits it"])
+        return "\n".join([*lines, "  no ViT of this project: no loader fits it"])
     model: dict[str, Any] = {"weights": file}
     if several:
         model["weights_part"] = part
-    if drop := sorted({name.split(".")[0] for name in found.others}):
-        model["weights_drop"] = drop
-    if found.num_classes is not None:
-        model["num_classes"] = found.num_classes
-    model["backbone"] = {"class_path": "modules.backbones.ViT", "init_args": found.backbone}
+    drop = {name.split(".")[0] for name in found.others}
+    if found.num_classes is None:
+        drop |= {"head", "head_dist"} if found.backbone.get("distillation_token") else {"head"}
+    if drop:
+        model["weights_drop"] = sorted(drop)
+    model["num_classes"] = found.num_classes or UNKNOWN
+    arguments = own_backbone(file) or found.backbone
+    model["backbone"] = {"class_path": "modules.backbones.ViT", "init_args": arguments}
     recipe = yaml.safe_dump({"model": {"init_args": model}}, sort_keys=False)
-    traceless = "activation, fixed positions, norm epsilon"
-    lines.append(f"  it fits this, but for what leaves no trace ({traceless}):")
-    return "\n".join([*lines, *(f"    {line}" for line in recipe.splitlines())])
+    told = "it is this"
+    if own_backbone(file) is None:
+        told = (
+            "it fits this, but for what leaves no trace (activation, norm epsilon, residual scale, "
+        )
+        told += "average after the norm, fixed or repeated positions)"
+    if UNKNOWN in recipe:
+        told += f"; what is {UNKNOWN} is yours to fill in"
+    return "\n".join([*lines, f"  {told}:", *(f"    {line}" for line in recipe.splitlines())])
+
+
+def own_backbone(file: str) -> dict[str, Any] | None:
+    """The backbone's arguments as a run of ours wrote them into its checkpoint."""
+    try:
+        given = read_checkpoint(file).get("hyper_parameters", {})
+        backbone = given["backbone"]
+        return dict(backbone["init_args"]) if backbone["class_path"].endswith("ViT") else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def export(argv: Sequence[str]) -> int:
@@ -96,6 +115,8 @@ def export(argv: Sequence[str]) -> int:
         temporary.unlink(missing_ok=True)
     count = sum(parameter.numel() for parameter in network.parameters())
     print(f"wrote {given.out}: {count:,} parameters of step {checkpoint['global_step']}")
+    if given.out.suffix == ".safetensors":
+        print("timm's VisionTransformer takes them with", weights.timm_arguments(network))
     return 0
 
 
@@ -109,7 +130,7 @@ def build_method(config: Path) -> LightningModule:
         raise ValueError(f"{config}: no such file; name the run's config.yaml with --config")
     model = yaml.safe_load(config.read_text(encoding="utf-8"))["model"]
     # What these weights were started from need not be there any more.
-    for name in ("weights", "weights_part"):
+    for name in ("weights", "weights_part", "weights_drop"):
         model["init_args"].pop(name, None)
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
@@ -142,6 +163,8 @@ def write_onnx(network: nn.Module, path: Path) -> None:
         raise ValueError("ONNX needs two more packages: pip install -e '.[onnx]'") from error
     backbone: Any = network.backbone
     images = torch.zeros(2, backbone.in_channels, *backbone.image_size)
+    with torch.no_grad():
+        network(images)  # what is computed once and kept should not be made while tracing
     # The fused kernel's memory layout is not what the exporter's decomposition gives.
     with sdpa_kernel(SDPBackend.MATH):
         torch.onnx.export(

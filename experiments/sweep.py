@@ -9,6 +9,7 @@ finished runs are kept, the one that was cut off is resumed.
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import re
@@ -38,15 +39,21 @@ class Outcome:
 
 
 def split_values(text: str) -> list[str]:
-    """`a,[1,2],{b: c,d: e}` at the commas outside brackets."""
-    parts, depth = [""], 0
+    """`a,[1,2],{b: c,d: e},'f,g'` at the commas outside brackets and quotes."""
+    parts, depth, quote = [""], 0, ""
     for letter in text:
-        depth += (letter in "[{(") - (letter in "]})")
-        if letter == "," and depth == 0:
+        if letter in "'\"" and quote in ("", letter):
+            quote = "" if quote else letter
+        elif not quote:
+            depth += (letter in "[{(") - (letter in "]})")
+        if letter == "," and depth == 0 and not quote:
             parts.append("")
         else:
             parts[-1] += letter
-    return [part.strip() for part in parts]
+    parts = [part.strip() for part in parts]
+    if "" in parts:
+        raise ValueError(f"--vary has an empty value in {text!r}; write null or '' for it")
+    return parts
 
 
 def parse_axis(text: str) -> list[Setting]:
@@ -87,7 +94,9 @@ def label(setting: Setting) -> str:
 
 
 def directory_of(setting: Setting) -> str:
-    return re.sub(r"[^\w.+-]+", "_", label(setting)).strip("_")
+    """Readable, and with a hash of the whole setting, so that no two share one."""
+    digest = hashlib.sha256(json.dumps(setting).encode()).hexdigest()[:8]
+    return re.sub(r"[^\w.+-]+", "_", label(setting)).strip("_")[:80] + f"-{digest}"
 
 
 def run(setting: Setting, arguments: Sequence[str], directory: Path) -> dict[str, Any] | None:
@@ -136,23 +145,28 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def claim(directory: Path, arguments: Sequence[str]) -> None:
-    """Remember what the runs here share.
+def claim(directory: Path, arguments: Sequence[str], configs: Sequence[str]) -> None:
+    """Remember what the runs here share: options, and what the recipes said.
 
     Raises:
-        ValueError: the directory holds the runs of another sweep.
+        ValueError: the directory holds the runs of another sweep, or a recipe is not there.
     """
-    record = directory / "sweep.json"
+    for config in configs:
+        if not Path(config).is_file():
+            raise ValueError(f"--config {config}: no such file")
+    texts = [Path(config).read_text(encoding="utf-8") for config in configs]
+    record, shared = directory / "sweep.json", {"options": list(arguments), "recipes": texts}
     if record.is_file():
         before = json.loads(record.read_text(encoding="utf-8"))
-        if before != list(arguments):
+        if before != shared:
+            changed = "other options" if before["options"] != shared["options"] else "other recipes"
             raise ValueError(
-                f"{directory} holds a sweep with other options ({' '.join(before)}); choose "
-                f"another directory with --out"
+                f"{directory} holds a sweep with {changed} ({' '.join(before['options'])}); choose "
+                f"another directory with --out, or delete this one"
             )
         return
     directory.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(list(arguments)), encoding="utf-8")
+    record.write_text(json.dumps(shared), encoding="utf-8")
 
 
 def sweep(argv: Sequence[str]) -> int:
@@ -164,7 +178,7 @@ def sweep(argv: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--vary", action="append", required=True, metavar="KEY=a,b,...")
-    parser.add_argument("--metric", default="val/accuracy", help="of the last validation")
+    parser.add_argument("--metric", default="val/accuracy", help="after the last step")
     parser.add_argument("--out", type=Path, help="directory of all runs; runs/sweep/RECIPE")
     given, arguments = parser.parse_known_args(argv)
     configs = [b for a, b in itertools.pairwise(arguments) if a == "--config"]
@@ -173,7 +187,7 @@ def sweep(argv: Sequence[str]) -> int:
         raise ValueError("sweep needs a recipe: --config experiments/...yaml")
     settings = combinations(given.vary)
     out = given.out or Path("runs") / "sweep" / Path(configs[0]).stem
-    claim(out, arguments)
+    claim(out, arguments, configs)
     console = Console(highlight=False)
     outcomes = []
     for number, setting in enumerate(settings, start=1):

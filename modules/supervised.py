@@ -193,13 +193,6 @@ class Supervised(LightningModule):
             )
         backbone = self.classifier.backbone
         check_image_size(getattr(data, "image_size", None), backbone)
-        if stage == "fit" and self.weights is not None and self.trainer.ckpt_path is None:
-            report = load_weights(
-                self.classifier, self.weights, self.weights_part, self.weights_drop
-            )
-            rank_zero_info(str(report))
-            if self.averaged is not None:
-                self.averaged.load_state_dict(self.classifier.state_dict())
         if stage == "fit" and self.distillation is not None:
             self.teacher = Teacher(
                 self.distillation, self.num_classes, backbone.in_channels, backbone.image_size
@@ -216,6 +209,11 @@ class Supervised(LightningModule):
             self.teacher.check_fingerprint(checkpoint.get("teacher"))
 
     def on_fit_start(self) -> None:
+        if self.weights is not None and self.trainer.ckpt_path is None:  # a run that starts
+            part, drop = self.weights_part, self.weights_drop
+            rank_zero_info(str(load_weights(self.classifier, self.weights, part, drop)))
+            if self.averaged is not None:
+                self.averaged.load_state_dict(self.classifier.state_dict())
         if self.teacher is not None:
             self.teacher.to(self.classifier.head.weight)
 

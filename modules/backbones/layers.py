@@ -59,7 +59,7 @@ class Backbone(nn.Module):
 
     def layer_of(self, name: str) -> int:
         """The layer of a parameter: 0 the stem, i + 1 block i, num_layers + 1 what follows."""
-        if block := re.match(r"blocks\.(\d+)\.", name):
+        if block := re.match(r"(?:blocks|positions|relative)\.(\d+)\.", name):
             return int(block[1]) + 1
         after = ("norm.", "fc_norm.", "attn_pool.", "pre_logits.")
         return self.num_layers + 1 if name.startswith(after) else 0

@@ -62,10 +62,17 @@ class Positions:
                 raise ValueError(
                     f"positions.{name} is {getattr(self, name)!r}; expected one of {listed}"
                 )
-        if self.kind == "none" and self.inject is not None:
-            raise ValueError(
-                f"positions.inject is {self.inject!r}, but kind none has nothing to inject"
-            )
+        learned = ("learned1d", "learned2d")
+        for name, default, readers in (
+            ("inject", None, tuple(kind for kind in KINDS if kind != "none")),
+            ("prefix_rows", True, learned),
+            ("resample", "antialias", (*learned, "relative")),
+        ):
+            if getattr(self, name) != default and self.kind not in readers:
+                raise ValueError(
+                    f"positions.{name} is {getattr(self, name)!r}, but kind {self.kind} has no "
+                    f"use for it; remove it"
+                )
         if self.kind == "relative" and self.inject == "stem":
             raise ValueError(
                 "positions.inject is 'stem', but relative positions act within attention; "
@@ -150,8 +157,8 @@ def sincos2d(dim: int, grid: Grid, big_vision: bool = False) -> Float[Tensor, "n
     Raises:
         ValueError: `dim` is no multiple of 4.
     """
-    if dim % 4:
-        raise ValueError(f"width {dim} is no multiple of 4, which sin-cos positions need")
+    if dim % 4 or dim == 4:
+        raise ValueError(f"width {dim} is no multiple of 4 above 4, as sin-cos positions need")
     quarter = dim // 4
     steps = torch.arange(quarter, dtype=torch.float64) / (quarter - big_vision)
     y, x = torch.meshgrid(
@@ -238,16 +245,20 @@ class RelativeBias(nn.Module):
     and among prefix tokens (BEiT, Bao et al. 2021).
     """
 
+    index: Tensor
+
     def __init__(self, num_heads: int, grid: Grid, num_prefix: int, resample: Resampling) -> None:
         super().__init__()
         self.grid, self.num_prefix, self.resample = grid, num_prefix, resample
         self.table = nn.Parameter(torch.zeros(2 * grid[0] - 1, 2 * grid[1] - 1, num_heads))
+        self.register_buffer("index", offset_index(grid), persistent=False)
         self.prefix = nn.Parameter(torch.zeros(3, num_heads)) if num_prefix else None
 
     def forward(self, grid: Grid) -> Float[Tensor, "1 h n n"]:
         offsets = (2 * grid[0] - 1, 2 * grid[1] - 1)
         table = resample_grid(self.table, offsets, self.resample).flatten(0, 1)
-        bias = rearrange(table[offset_index(grid, table.device)], "i j h -> h i j")
+        index = self.index if grid == self.grid else offset_index(grid).to(table.device)
+        bias = rearrange(table[index], "i j h -> h i j")
         if self.prefix is not None:
             bias = F.pad(bias, (self.num_prefix, 0, self.num_prefix, 0))
             is_prefix = torch.arange(bias.shape[-1], device=bias.device) < self.num_prefix
@@ -257,14 +268,12 @@ class RelativeBias(nn.Module):
         return bias[None]
 
 
-@lru_cache(maxsize=64)
-def offset_index(grid: Grid, device: torch.device) -> Int[Tensor, "n n"]:
+def offset_index(grid: Grid) -> Int[Tensor, "n n"]:
     """Which of the (2 rows - 1) x (2 columns - 1) offsets two patches have."""
-    with torch.inference_mode(False):
-        y, x = torch.meshgrid(*(torch.arange(size) for size in grid), indexing="ij")
-        down = y.flatten()[:, None] - y.flatten()[None, :] + grid[0] - 1
-        across = x.flatten()[:, None] - x.flatten()[None, :] + grid[1] - 1
-        return (down * (2 * grid[1] - 1) + across).to(device)
+    y, x = torch.meshgrid(*(torch.arange(size) for size in grid), indexing="ij")
+    down = y.flatten()[:, None] - y.flatten()[None, :] + grid[0] - 1
+    across = x.flatten()[:, None] - x.flatten()[None, :] + grid[1] - 1
+    return down * (2 * grid[1] - 1) + across
 
 
 def make_tables(

@@ -140,7 +140,7 @@ class ViT(Backbone):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
         self.dist_token = nn.Parameter(torch.zeros(1, 1, dim)) if distillation_token else None
         self.reg_token = nn.Parameter(torch.zeros(1, num_registers, dim)) if num_registers else None
-        self.inject, self.resample = positions.place, positions.resample
+        self.inject, self.resample, self.style = positions.place, positions.resample, block
         self.positions = make_tables(positions, dim, self.grid, prefix, size.depth)
         self.relative = make_biases(positions, size.num_heads, self.grid, prefix, size.depth)
         self.pos_drop = nn.Dropout(dropout)

@@ -14,16 +14,19 @@ big_vision (`.npz`), and checkpoints of this project.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timm
+from timm.layers.mlp import SwiGLUPacked
 from torch import nn
 
-from modules.backbones import ViT
+from modules.backbones import BlockStyle, ViT
 from modules.backbones.positions import Learned1D
 from modules.weights.files import State, read
 from modules.weights.names import with_our_names
-from modules.weights.positions import fit_positions
+from modules.weights.positions import fit_positions, tokens_of
 
 
 @dataclass(frozen=True)
@@ -96,13 +99,17 @@ def load(
     for entry in drop:
         if not any(is_named(key, origins.get(key, ()), (entry,)) for key in {*state, *own}):
             raise ValueError(f"drop names {entry!r}, but neither {source} nor the network has it")
+    tokens = tokens_of(state)
     dropped = [key for key in state if is_named(key, origins[key], drop)]
     kept = [key for key in own if is_named(key, (), drop)]
     state = {key: tensor for key, tensor in state.items() if key not in dropped}
     backbone = getattr(network, "backbone", network)
     resampled: dict[str, str] = {}
     if isinstance(backbone, ViT):
-        resampled = fit_positions(state, backbone)
+        is_ours = any(
+            name.startswith(("positions.", "relative.")) for (name, *_) in origins.values()
+        )
+        resampled = fit_positions(state, tokens, backbone, is_ours)
     wanted = {key: network.state_dict()[own[key]] for key in own if key not in kept}
     check_cover(str(source), state, wanted)
     network.load_state_dict({own[key]: tensor for key, tensor in state.items()}, strict=not kept)
@@ -120,7 +127,16 @@ def open_source(source: str) -> dict[str, State]:
     """The networks of a file, or of what timm downloads for `timm:NAME`."""
     if not source.startswith("timm:"):
         return read(source)
-    theirs = timm.create_model(source.removeprefix("timm:"), pretrained=True)
+    name = source.removeprefix("timm:")
+    if not timm.is_model(name):
+        raise ValueError(f"{source}: timm knows no model of this name")
+    try:
+        theirs = timm.create_model(name, pretrained=True)
+    except Exception as error:  # whatever a download may raise
+        raise ValueError(
+            f"timm's weights of {name} could not be had ({type(error).__name__}: {error}); "
+            f"without a network, name a file"
+        ) from error
     return {"weights": dict(theirs.state_dict())}
 
 
@@ -163,7 +179,7 @@ def to_timm(network: nn.Module) -> State:
     """The weights of a ViT, or of a ViT with its heads, under timm's names.
 
     Fixed and two-dimensional positions become one table; a residual scale goes into the weights
-    of its branch. What is loaded from them gives equal outputs.
+    of its branch. A timm model with the arguments of `timm_arguments` gives equal outputs.
 
     Raises:
         ValueError: no ViT, or parts that timm's has not: pre-logits, relative positions,
@@ -174,6 +190,9 @@ def to_timm(network: nn.Module) -> State:
         raise ValueError(f"{type(vit).__name__} has no counterpart among timm's ViTs")
     lacks = {
         "pre_logits": vit.pre_logits is not None,
+        "registers beside a distillation token": (
+            vit.dist_token is not None and vit.reg_token is not None
+        ),
         "relative positions": vit.relative is not None,
         f"positions at {vit.inject} block": vit.positions is not None and vit.inject != "stem",
     }
@@ -186,10 +205,45 @@ def to_timm(network: nn.Module) -> State:
         state["pos_embed"] = vit.positions.table.detach()
     elif vit.positions is not None:
         state["pos_embed"] = vit.positions(vit.grid).detach()
-    for i, block in enumerate(vit.blocks):
+    for i in range(vit.num_layers):
         for name in ("attn.proj", "mlp.fc2"):
             for leaf in ("weight", "bias"):
                 state[f"blocks.{i}.{name}.{leaf}"] = (
-                    state[f"blocks.{i}.{name}.{leaf}"] / block.residual_scale
+                    state[f"blocks.{i}.{name}.{leaf}"] / vit.style.residual_scale
                 )
     return {key: tensor.contiguous().clone() for key, tensor in state.items()}
+
+
+def timm_arguments(network: nn.Module) -> dict[str, Any]:
+    """Arguments of timm's `VisionTransformer` (`VisionTransformerDistilled`) for `to_timm`."""
+    vit = getattr(network, "backbone", network)
+    assert isinstance(vit, ViT)
+    style, table = vit.style, vit.positions
+    block: Any = vit.blocks[0]
+    head = getattr(network, "head", None)
+    arguments: dict[str, Any] = {
+        "img_size": vit.image_size,
+        "patch_size": vit.patch_size,
+        "in_chans": vit.in_channels,
+        "num_classes": 0 if head is None else head.out_features,
+        "embed_dim": vit.embed_dim,
+        "depth": vit.num_layers,
+        "num_heads": block.attn.num_heads,
+        "mlp_ratio": block.mlp.fc1.out_features / vit.embed_dim,
+        "qkv_bias": style.qkv_bias,
+        "qk_norm": style.qk_norm,
+        "init_values": style.layer_scale,
+        "class_token": vit.cls_token is not None,
+        "reg_tokens": vit.num_registers,
+        "pos_embed": "none" if table is None else "learn",
+        "no_embed_class": isinstance(table, Learned1D) and table.num_rows == 0,
+        "global_pool": {"cls": "token", "norm_avg": "avg"}.get(vit.pooling, vit.pooling),
+        "fc_norm": vit.pooling == "avg",
+    }
+    if style.mlp == "gelu_tanh":
+        arguments["act_layer"] = "gelu_tanh"
+    elif style.mlp == "swiglu":
+        arguments |= {"act_layer": "silu", "mlp_layer": SwiGLUPacked}
+    if style.norm_eps != BlockStyle.norm_eps:
+        arguments["norm_layer"] = partial(nn.LayerNorm, eps=style.norm_eps)
+    return arguments

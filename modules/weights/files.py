@@ -13,8 +13,7 @@ from torch import Tensor
 
 State = dict[str, Tensor]
 
-# Where the published checkpoints keep a network, and what they put before its names.
-PARTS = ("model", "state_dict", "teacher", "student", "model_ema", "state_dict_ema")
+# What wrappers put before the names of a network.
 PREFIXES = ("module.", "_orig_mod.", "backbone.")
 
 
@@ -32,7 +31,7 @@ def read(path: str | Path) -> dict[str, State]:
         raise ValueError(f"{path}: no such file")
     if path.suffix == ".safetensors":
         try:
-            return {"weights": safetensors.torch.load_file(path)}
+            return {"weights": without_prefixes(safetensors.torch.load_file(path))}
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path} is no safetensors file ({error})") from error
     if path.suffix == ".npz":
@@ -80,8 +79,8 @@ def parts_of(payload: Any, path: Path) -> dict[str, State]:
     """The networks of an unpickled checkpoint."""
     if not isinstance(payload, Mapping):
         raise ValueError(f"{path} holds a {type(payload).__name__}, not a checkpoint")
-    found = {name: tensors_of(payload[name]) for name in PARTS if name in payload}
-    found = {name: state for name, state in found.items() if state}
+    found = {str(name): tensors_of(value) for name, value in payload.items()}
+    found = {name: state for name, state in found.items() if len(state) > 1}
     if "pytorch-lightning_version" in payload:
         found = split_method(found.get("state_dict", {}))
     if not found:
@@ -104,7 +103,9 @@ def split_method(state: State) -> dict[str, State]:
     for name, tensor in state.items():
         part, _, rest = name.partition(".")
         parts.setdefault(part, {})[rest] = tensor
-    return {name: part for name, part in parts.items() if "" not in part}
+    if any("" in part for part in parts.values()):  # a network by itself, of other code
+        return {"state_dict": state}
+    return parts
 
 
 def without_prefixes(state: State) -> State:
@@ -113,5 +114,7 @@ def without_prefixes(state: State) -> State:
     for name, tensor in state.items():
         while prefix := next((p for p in PREFIXES if name.startswith(p)), None):
             name = name.removeprefix(prefix)
+        if name in renamed:
+            raise ValueError(f"the file has {name} twice, with and without a prefix")
         renamed[name] = tensor
     return renamed

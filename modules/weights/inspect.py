@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modules.backbones import BlockStyle, Positions, ViT
 from modules.backbones.positions import sincos2d
 from modules.backbones.vit import VARIANTS, Size
 from modules.weights.files import State
 from modules.weights.names import is_google, with_our_names
+from modules.weights.positions import tokens_of
 
 HEADS = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
 MARKS = (  # a name that only this code base writes
@@ -21,6 +23,11 @@ MARKS = (  # a name that only this code base writes
     (r"^(positions|relative)\.", "Patchlight"),
     (r"^(pos_embed|cls_token)$", "timm, DeiT or DINO"),
 )
+# What training leaves beside a network, and a network does without.
+BESIDE = re.compile(
+    r"(decoder|mask_token|head|aux_head|fc\.|txt|text|logit|projector|predictor)|[tb]$"
+)
+UNKNOWN = "?"
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,8 @@ class Description:
     """One network of a checkpoint.
 
     writer:      the code base whose names it has
-    backbone:    arguments of `modules.backbones.ViT` that it fits, or None where it is no ViT
+    backbone:    arguments of `modules.backbones.ViT` that it fits, UNKNOWN where shapes do not
+                 tell; None where it is no ViT of ours
     num_classes: of its head, or None where it has none
     others:      names that belong neither to the backbone nor to its heads
     """
@@ -49,12 +57,14 @@ def describe(theirs: State) -> Description:
         if any(re.search(pattern, key) for key in theirs):
             writer = name
             break
-    backbone = vit_arguments(state, theirs) if "blocks.0.norm1.weight" in state else None
-    is_part = re.compile(
-        r"(patch_embed\.proj|blocks\.\d+|norm|fc_norm|attn_pool|pre_logits|positions|relative)\.|"
-        r"(cls|dist|reg)_token$"
-    )
-    others = [k for k in state if k not in HEADS and not (backbone and is_part.match(k))]
+    backbone, others = None, [name for name in state if name not in HEADS]
+    try:
+        guess = vit_arguments(state, theirs)
+        rest = left_over(state, guess)
+    except (KeyError, ValueError):  # not the tensors of a ViT, or not in their shapes
+        guess, rest = {}, others
+    if guess and all(BESIDE.match(name) for name in rest):
+        backbone, others = guess, rest
     head = state.get("head.weight")
     return Description(
         writer,
@@ -66,21 +76,44 @@ def describe(theirs: State) -> Description:
     )
 
 
+def left_over(state: State, arguments: dict[str, Any]) -> list[str]:
+    """Names that a ViT of these arguments has no place for.
+
+    Raises:
+        ValueError: the state does not fill such a ViT.
+    """
+    built = {"positions": Positions, "block": BlockStyle}
+    given = {k: built[k](**v) if k in built else v for k, v in arguments.items()}
+    if given.get("num_heads") == UNKNOWN:
+        given["num_heads"] = 1
+    with torch.device("meta"):
+        wanted = {name: tensor.shape for name, tensor in ViT(**given).state_dict().items()}
+    if any(name not in state or state[name].shape != shape for name, shape in wanted.items()):
+        raise ValueError("another network")
+    computed = {"positions.table"} if is_fixed(arguments) else set()
+    return [name for name in state if name not in {*wanted, *HEADS, *computed}]
+
+
+def is_fixed(arguments: dict[str, Any]) -> bool:
+    return str(arguments.get("positions", {}).get("kind", "")).startswith("sincos")
+
+
 def vit_arguments(state: State, theirs: State) -> dict[str, Any]:
-    """Arguments of `ViT` that differ from its defaults; the activation leaves no trace."""
+    """Arguments of `ViT` that differ from its defaults.
+
+    Raises:
+        KeyError, ValueError: the state is no ViT's.
+    """
     dim, channels, patch, _ = state["patch_embed.proj.weight"].shape
     depth = 1 + max(int(m[1]) for k in state if (m := re.match(r"blocks\.(\d+)\.", k)))
     mlp_dim = state["blocks.0.mlp.fc2.weight"].shape[1]
-    arguments: dict[str, Any] = size_arguments(state, theirs, Size(depth, dim, 0, mlp_dim))
-    arguments |= {"patch_size": patch, "in_channels": channels}
-    arguments |= position_arguments(state, patch)
     has_cls = "cls_token" in state
     if "attn_pool.latent" in state:
-        arguments["pooling"] = "map"
+        pooling = "map"
     elif "fc_norm.weight" in state:
-        arguments["pooling"] = "avg"
-    elif not has_cls:
-        arguments["pooling"] = "norm_avg"
+        pooling = "avg"
+    else:
+        pooling = "cls" if has_cls else "norm_avg"
     block: dict[str, Any] = {}
     if state["blocks.0.mlp.fc1.weight"].shape[0] == 2 * mlp_dim:
         block["mlp"] = "swiglu"
@@ -90,69 +123,74 @@ def vit_arguments(state: State, theirs: State) -> dict[str, Any]:
         block["qk_norm"] = True
     if "blocks.0.ls1.gamma" in state:
         block["layer_scale"] = 1e-5
-    registers = state["reg_token"].shape[1] if "reg_token" in state else 0
     found = {
+        **size_arguments(state, theirs, Size(depth, dim, 0, mlp_dim)),
+        **{"patch_size": patch, "in_channels": channels, "pooling": pooling},
+        **position_arguments(state, patch),
         "class_token": has_cls,
         "distillation_token": "dist_token" in state,
-        "num_registers": registers,
+        "num_registers": state["reg_token"].shape[1] if "reg_token" in state else 0,
         "pre_logits": "pre_logits.weight" in state,
         "block": block,
     }
-    defaults = {
+    defaults: dict[str, Any] = {
         **{"class_token": True, "distillation_token": False, "num_registers": 0},
         **{"pre_logits": False, "block": {}, "patch_size": 16, "in_channels": 3},
-        **{"image_size": 224},
+        **{"image_size": 224, "pooling": "cls"},
     }
-    arguments |= found
-    return {k: v for k, v in arguments.items() if k not in defaults or v != defaults[k]}
+    return {k: v for k, v in found.items() if k not in defaults or v != defaults[k]}
 
 
 def size_arguments(state: State, theirs: State, size: Size) -> dict[str, Any]:
-    """The variant of that size, or its numbers; heads are 64 wide unless the file says more."""
+    """The variant of that size, or its numbers, with the heads where something tells them."""
     for name, known in VARIANTS.items():
         if known._replace(num_heads=0) == size:
             return {"variant": name}
-    head_dim = 64
+    heads: int | str = UNKNOWN
     if "blocks.0.attn.q_norm.weight" in state:
-        head_dim = state["blocks.0.attn.q_norm.weight"].shape[0]
-    for name, tensor in theirs.items():
+        heads = size.embed_dim // state["blocks.0.attn.q_norm.weight"].shape[0]
+    for name, tensor in [*theirs.items(), *state.items()]:
         if re.search(r"encoderblock.*/query/kernel$", name):
-            head_dim = tensor.shape[-1]
-    heads = max(1, size.embed_dim // head_dim)
+            heads = tensor.shape[-2]
+        elif re.fullmatch(r"relative\.(0\.)?table", name):
+            heads = tensor.shape[-1]
     return {**size._asdict(), "num_heads": heads}
 
 
 def position_arguments(state: State, patch: int) -> dict[str, Any]:
     """Kind of positions and the image size they are for."""
-    if "positions.table" not in state:
-        kinds = {
-            "positions.columns": "learned2d",
-            "positions.0.columns": "learned2d",
-            "positions.0.table": "learned1d",
-            "relative.table": "relative",
-            "relative.0.table": "relative",
-        }
-        kind = next((kind for name, kind in kinds.items() if name in state), "none")
-        inject = "every" if any(name.startswith("positions.0.") for name in state) else None
-        return {"positions": {"kind": kind, **({"inject": inject} if inject else {})}}
-    table = state["positions.table"]
-    names = ("cls_token", "dist_token", "reg_token")
-    tokens = [state[name].shape[1] for name in names if name in state]
-    found: dict[str, Any] = {}
-    for prefix in dict.fromkeys((sum(tokens), 0)):
-        side = math.isqrt(table.shape[1] - prefix)
-        if side * side == table.shape[1] - prefix:
-            found["image_size"] = patch * side
+    own = "0." if any(re.match(r"(positions|relative)\.0\.", name) for name in state) else ""
+    inject = {"inject": "every"} if own else {}
+    if f"positions.{own}columns" in state:
+        rows, columns = (state[f"positions.{own}{n}"].shape[1] for n in ("rows", "columns"))
+        has_rows = f"positions.{own}prefix" in state or not tokens_of(state)
+        how = {"kind": "learned2d", **inject, **({} if has_rows else {"prefix_rows": False})}
+        return {"positions": how, "image_size": as_size(rows * patch, columns * patch)}
+    if f"relative.{own}table" in state:
+        rows, columns = ((n + 1) // 2 for n in state[f"relative.{own}table"].shape[:2])
+        how = {"kind": "relative", "inject": "every" if own else "every_shared"}
+        return {"positions": how, "image_size": as_size(rows * patch, columns * patch)}
+    if f"positions.{own}table" not in state:
+        return {"positions": {"kind": "none"}}
+    table = state[f"positions.{own}table"]
+    for prefix in dict.fromkeys((sum(tokens_of(state).values()), 0)):
+        side = math.isqrt(max(0, table.shape[1] - prefix))
+        if side and side * side == table.shape[1] - prefix:
+            how = dict(inject)
             if is_sincos(table[0, prefix:], side):
-                found["positions"] = {"kind": "sincos2d"}
-            elif tokens and not prefix:
-                found["positions"] = {"prefix_rows": False}
-            break
-    return found
+                how = {"kind": "sincos2d"}
+            elif tokens_of(state) and not prefix:
+                how["prefix_rows"] = False
+            return {"image_size": patch * side, **({"positions": how} if how else {})}
+    raise ValueError("a table of no square grid")
+
+
+def as_size(height: int, width: int) -> int | list[int]:
+    return height if height == width else [height, width]
 
 
 def is_sincos(table: Tensor, side: int) -> bool:
     dim = table.shape[1]
-    if dim % 4:
+    if dim % 4 or dim == 4:
         return False
-    return torch.allclose(table.float(), sincos2d(dim, (side, side)), atol=1e-4)
+    return torch.allclose(table.float(), sincos2d(dim, (side, side)), atol=1e-3)

@@ -52,7 +52,11 @@ def with_our_names(state: State) -> tuple[State, Origins]:
     """The tensors under our names, and for each the names it had."""
     if is_google(state):
         return from_google(state)
-    origins: Origins = {rename(name, RENAMED): (name,) for name in state}
+    origins: Origins = {}
+    for name in state:
+        if (ours := rename(name, RENAMED)) in origins:
+            raise ValueError(f"the file has {ours} twice: as {origins[ours][0]} and as {name}")
+        origins[ours] = (name,)
     return {ours: state[theirs[0]] for ours, theirs in origins.items()}, origins
 
 

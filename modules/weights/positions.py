@@ -8,31 +8,43 @@ from torch import Tensor
 from modules.backbones import ViT
 from modules.backbones.positions import (
     Grid,
-    Resampling,
     SinCos2D,
     resample_grid,
     resample_table,
 )
 from modules.weights.files import State
 
+Tokens = dict[str, int]
 TOKENS = ("cls_token", "dist_token", "reg_token")
 
 
-def fit_positions(state: State, backbone: ViT) -> dict[str, str]:
+def tokens_of(state: State) -> Tokens:
+    """The prefix tokens of a file, in their order, and how many there are of each."""
+    return {name: state[name].shape[1] for name in TOKENS if name in state}
+
+
+def fit_positions(state: State, tokens: Tokens, backbone: ViT, is_ours: bool) -> dict[str, str]:
     """Bring every position table of a file to the backbone's grid and prefix rows, in `state`.
+
+    Args:
+        state: what is read of the file, under our names.
+        tokens: the prefix tokens of the file and how many rows each has, be they read or not.
+        backbone: what it is for.
+        is_ours: this project wrote the file, so a table of the right length is the right one.
 
     Returns:
         For each table that had to change, what was done.
+
+    Raises:
+        ValueError: a table whose grid is not known, or that is not the one computed here.
     """
     done: dict[str, str] = {}
-    how = backbone.resample
-    target = backbone.state_dict()
-    positions = backbone.positions
+    how, target = backbone.resample, backbone.state_dict()
     for name in [name for name in state if name.startswith(("positions.", "relative."))]:
-        if name.endswith(".table") and isinstance(positions, SinCos2D):
-            check_sincos(state.pop(name), positions)
+        if name == "positions.table" and isinstance(backbone.positions, SinCos2D):
+            check_sincos(state.pop(name), backbone.positions)
             done[name] = "equals the computed sines and cosines"
-        elif name not in target or target[name].shape == state[name].shape:
+        elif name not in target or (is_ours and target[name].shape == state[name].shape):
             continue
         elif name.startswith("relative."):
             new = target[name].shape
@@ -42,55 +54,71 @@ def fit_positions(state: State, backbone: ViT) -> dict[str, str]:
             length = target[name].shape[1]
             state[name] = resample_grid(state[name], (1, length), how)
             done[name] = f"resampled to {length}"
-        else:
-            done[name] = fit_table(state, name, backbone, how)
+        elif name.endswith("table") and (what := fit_table(state, name, tokens, backbone, is_ours)):
+            done[name] = what
     return done
 
 
-def fit_table(state: State, name: str, backbone: ViT, how: Resampling) -> str:
+def fit_table(state: State, name: str, tokens: Tokens, backbone: ViT, is_ours: bool) -> str:
     """Resample one table in place of the old; returns what was done, in words."""
-    table, grid = state[name], backbone.grid
-    wanted_rows = backbone.state_dict()[name].shape[1] - grid[0] * grid[1]
-    old_rows, old_grid = layout(state, table.shape[1], grid)
-    words = []
-    if old_rows and not wanted_rows:
+    table, grid, how = state[name], backbone.grid, backbone.resample
+    wanted = backbone.state_dict()[name].shape[1] - grid[0] * grid[1]
+    num_prefix, old_grid = layout(tokens, table.shape[1], grid, wanted, is_ours)
+    rows, patches = {}, table[:, num_prefix:]
+    start, words = 0, []
+    for token, count in tokens.items():
+        if start < num_prefix:
+            rows[token] = table[:, start : start + count]
+            start += count
+    if any(token not in state for token in rows):
+        words.append("rows of dropped tokens left out")
+        rows = {token: row for token, row in rows.items() if token in state}
+    prefix = torch.cat([table[:, :0], *rows.values()], dim=1)
+    if rows and not wanted:
         # The rows of prefix tokens go into the tokens: the sum in front of the blocks is alike.
-        start = 0
-        for token in TOKENS:
-            if token in state and start < old_rows:
-                count = state[token].shape[1]
-                state[token] = state[token] + table[:, start : start + count]
-                start += count
-        table, old_rows = table[:, old_rows:], 0
+        for token, row in rows.items():
+            state[token] = state[token] + row
+        prefix = table[:, :0]
         words.append("rows of prefix tokens added to the tokens")
-    elif wanted_rows and not old_rows:
-        table = torch.cat((table.new_zeros(1, wanted_rows, table.shape[2]), table), dim=1)
-        old_rows = wanted_rows
+    elif wanted and not rows:
+        prefix = table.new_zeros(1, wanted, table.shape[2])
         words.append("rows of zeros for the prefix tokens")
-    if old_rows == wanted_rows and old_grid != grid:
-        table = resample_table(table, old_grid, grid, old_rows, how)
+    if old_grid != grid:
+        patches = resample_table(patches, old_grid, grid, 0, how)
         words.append(f"resampled from {old_grid[0]}x{old_grid[1]} to {grid[0]}x{grid[1]} ({how})")
-    state[name] = table
-    return ", ".join(words) or "taken as it is"
+    state[name] = torch.cat((prefix, patches), dim=1)
+    return ", ".join(words)
 
 
-def layout(state: State, num_rows: int, grid: Grid) -> tuple[int, Grid]:
+def layout(
+    tokens: Tokens, num_rows: int, grid: Grid, wanted: int, is_ours: bool
+) -> tuple[int, Grid]:
     """How many rows of a table are of prefix tokens, and the grid of the others.
 
-    A file does not say. The tokens in it do, with the table of a square image; the network's
-    own grid is tried first, so tables of that size need not be square.
+    A file does not say. Published tables are those of square images, and have rows for all
+    prefix tokens, for all but the registers, or for none. Where several of these would do, the
+    one is taken that the network itself has.
     """
-    tokens = [state[t].shape[1] for t in TOKENS if t in state]
-    for prefix in dict.fromkeys((sum(tokens), sum(tokens[:2]), sum(tokens[:1]), 0)):
-        if num_rows - prefix == grid[0] * grid[1]:
+    counts = list(tokens.values())
+    registers = tokens.get("reg_token", 0)
+    found: dict[int, Grid] = {}
+    for prefix in dict.fromkeys((sum(counts), sum(counts) - registers, *counts[:1], 0)):
+        left = num_rows - prefix
+        side = math.isqrt(max(0, left))
+        if left == grid[0] * grid[1] and is_ours:
             return prefix, grid
-    for prefix in dict.fromkeys((sum(tokens), sum(tokens[:2]), sum(tokens[:1]), 0)):
-        side = math.isqrt(max(0, num_rows - prefix))
-        if side and side * side == num_rows - prefix:
-            return prefix, (side, side)
+        if left == grid[0] * grid[1] and side * side != left:
+            found[prefix] = grid
+        elif left > 1 and side * side == left:
+            found[prefix] = (side, side)
+    if len(found) > 1:
+        alike = {prefix: g for prefix, g in found.items() if prefix == wanted}
+        found = alike or {p: g for p, g in found.items() if (p == 0) == (wanted == 0)}
+    if len(found) == 1:
+        return found.popitem()
     raise ValueError(
         f"the file's position table has {num_rows} rows, which is no square grid with "
-        f"{sum(tokens)} prefix tokens or fewer; build the network for the file's image size, "
+        f"{sum(counts)} prefix tokens or fewer; build the network for the file's image size, "
         f"load it, and resample from there"
     )
 
@@ -100,7 +128,12 @@ def check_sincos(table: Tensor, positions: SinCos2D) -> None:
     side = math.isqrt(table.shape[1])
     prefix = table.shape[1] - side * side
     computed = positions.at((side, side))[:, positions.num_prefix :]
-    if not torch.allclose(table[:, prefix:].float(), computed, atol=1e-4):
+    # Near 1 half precision is coarse.
+    close = {torch.float16: 1e-3, torch.bfloat16: 1e-2}.get(table.dtype, 1e-4)
+    is_same = table.shape[2] == computed.shape[2] and torch.allclose(
+        table[:, prefix:].float(), computed, atol=close
+    )
+    if not is_same or table[:, :prefix].any():
         raise ValueError(
             "the file's position table is not the network's sines and cosines; set "
             "positions.kind to learned1d to take it"

@@ -129,3 +129,21 @@ def test_unknown_metric_is_named_at_the_first_validation(tmp_path: Path) -> None
     trainer = small.trainer(tmp_path, checkpoint=Checkpoint(monitor="val/acc"))
     with pytest.raises(ValueError, match=r"monitor is 'val/acc', but .* val/accuracy"):
         trainer.fit(small.method(), small.data())
+
+
+@pytest.mark.parametrize("ends", [{"max_epochs": 2}, {"max_epochs": -1, "max_steps": 7}])
+def test_the_last_weights_are_evaluated(tmp_path: Path, ends: dict) -> None:
+    """Epochs of five steps, of which every tenth would be evaluated."""
+    evaluated = []
+
+    class Evaluated(Callback):
+        def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+            evaluated.append(trainer.global_step)
+
+    run = small.trainer(tmp_path, Evaluated(), check_val_every_n_epoch=10, **ends)
+    run.fit(small.method(), small.data())
+    last = ends.get("max_steps", 10)
+    assert evaluated == [last]
+    assert "val/accuracy" in run.callback_metrics
+    best = read_checkpoint(next(tmp_path.rglob("best.ckpt")))
+    assert best["global_step"] == last

@@ -1,7 +1,6 @@
 """`patchlight inspect` and `patchlight export`."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -15,6 +14,7 @@ from callbacks.checkpoint import read_checkpoint
 from experiments.checkpoints import build_method, export, inspect
 from modules import weights
 from modules.backbones import BlockStyle, Positions, ViT
+from modules.supervised import Classifier
 from modules.weights.inspect import describe
 from tests.modules.test_weights import (
     FAMILIES,
@@ -43,8 +43,8 @@ def test_what_inspect_says_loads_strictly(family: str, tmp_path: Path) -> None:
     assert found.others == ()
     assert found.num_parameters == sum(p.numel() for p in theirs.state_dict().values())
     arguments = as_arguments(found.backbone)
-    if "qk norm" not in family:
-        arguments["num_heads"] = 3  # 48 / 64 is no number of heads, and shapes do not tell
+    assert arguments["num_heads"] == (3 if "qk norm" in family else "?")  # shapes do not tell
+    arguments["num_heads"] = 3
     ours = our(arguments)
     weights.load(ours, tmp_path / "theirs.pth")
     if "so400m" in family:
@@ -68,13 +68,52 @@ def test_googles_files_tell_their_heads(layout: str, tmp_path: Path) -> None:
     torch.testing.assert_close(ours(images), written(images), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["learned1d", "learned2d", "relative", "sincos2d"])
-def test_our_own_positions_are_told(kind: Any, tmp_path: Path) -> None:
-    network = small_network(positions=Positions(kind, None if kind == "sincos2d" else "every"))
+@pytest.mark.parametrize(
+    "positions",
+    [
+        Positions("learned1d", "every"),
+        Positions("learned2d", "every"),
+        Positions("learned2d", prefix_rows=False),
+        Positions("relative"),
+        Positions("relative", "every_shared"),
+    ],
+    ids=str,
+)
+def test_our_own_positions_are_told(positions: Positions, tmp_path: Path) -> None:
+    network = small_network(positions=positions, image_size=48)
     torch.save(network.state_dict(), tmp_path / "ours.pth")
     found = describe(weights.read(tmp_path / "ours.pth")["weights"])
-    told = found.backbone["positions"]["kind"]
-    assert told == ("none" if kind == "sincos2d" else kind)  # what is computed leaves no trace
+    again = our({**as_arguments(found.backbone), "num_heads": 3})
+    weights.load(again, tmp_path / "ours.pth")
+    images = torch.randn(2, 3, 48, 48)
+    torch.testing.assert_close(again(images), network(images))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["cait_xxs24_224", "beit_base_patch16_224", "vit_tiny_r_s16_p8_224", "eva02_tiny_patch14_224"],
+)
+def test_other_networks_are_no_vits(name: str) -> None:
+    with torch.device("meta"):
+        state = timm.create_model(name).state_dict()
+    found = describe({key: torch.zeros(tensor.shape) for key, tensor in state.items()})
+    assert found.backbone is None
+
+
+def test_a_file_without_a_head_says_what_to_drop(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = weights.to_timm(ViT("Ti"))
+    extra = {"mask_token": torch.zeros(1, 1, 8), "decoder_blocks.0.norm1.bias": torch.zeros(8)}
+    torch.save({"model": {**state, **extra}}, tmp_path / "mae.pth")
+    assert inspect([str(tmp_path / "mae.pth")]) == 0
+    said = capsys.readouterr().out
+    assert "names as MAE writes them" in said
+    recipe = yaml.safe_load(said.split("fill in:\n")[1])["model"]["init_args"]
+    assert recipe["num_classes"] == "?"
+    network = Classifier(ViT("Ti"), 5)
+    weights.load(network, tmp_path / "mae.pth", drop=recipe["weights_drop"])
+    assert torch.equal(network.backbone.cls_token, state["cls_token"])
 
 
 def test_published_sizes_have_their_names() -> None:
@@ -95,14 +134,14 @@ def test_inspect_tells_networks_heads_and_left_overs(
     said = capsys.readouterr().out
     assert "teacher: 151 tensors" in said
     assert "names as DINO writes them" in said
-    recipe = yaml.safe_load(said.split("epsilon):\n")[1].split("student:")[0])["model"]["init_args"]
-    assert recipe["weights_part"] == "teacher"
+    recipe = yaml.safe_load(said.split("fill in:\n")[1].split("teacher:")[0])["model"]["init_args"]
+    assert recipe["weights_part"] == "student"
     assert recipe["weights_drop"] == ["head"]
     assert recipe["backbone"]["init_args"] == {"variant": "Ti"}
 
     torch.save({"layer1.0.conv1.weight": torch.zeros(1)}, tmp_path / "resnet.pth")
     assert inspect([str(tmp_path / "resnet.pth")]) == 1
-    assert "no ViT: no loader of this project fits it" in capsys.readouterr().out
+    assert "no ViT of this project: no loader fits it" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
@@ -123,12 +162,9 @@ def test_a_trained_network_goes_to_timm(run: Path, tmp_path: Path) -> None:
     for name in ("classifier", "averaged"):
         out = tmp_path / f"{name}.safetensors"
         assert export(["--checkpoint", str(checkpoint), "--network", name, "--out", str(out)]) == 0
-        size = {"embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 4, "patch_size": 4}
         theirs = timm.create_model(
             "vit_tiny_patch16_224",
-            **size,
-            **{"img_size": 16, "in_chans": 1, "num_classes": 10},
-            **{"global_pool": "avg", "class_token": False},
+            **weights.timm_arguments(getattr(method, name)),
             checkpoint_path=str(out),
         )
         expected = getattr(method, name)(images)
@@ -138,6 +174,34 @@ def test_a_trained_network_goes_to_timm(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no network 'teacher'; it has classifier, averaged"):
         export(["--checkpoint", str(checkpoint), "--network", "teacher", "--out", str(out)])
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.slow
+def test_a_run_of_ours_says_what_it_is(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect([str(run / "checkpoints" / "last.ckpt")]) == 0
+    said = capsys.readouterr().out
+    recipe = yaml.safe_load(said.split("it is this:\n")[1].split("averaged:")[0])
+    told = recipe["model"]["init_args"]["backbone"]["init_args"]
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert told == config["model"]["init_args"]["backbone"]["init_args"]
+
+
+@pytest.mark.slow
+def test_a_run_that_began_with_weights_can_be_exported(tmp_path: Path) -> None:
+    done = patchlight("fit", *TINY, "--trainer.max_epochs=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first = only_run(tmp_path) / "checkpoints" / "last.ckpt"
+    out = tmp_path / "first.safetensors"
+    assert export(["--checkpoint", str(first), "--out", str(out)]) == 0
+    other = tmp_path / "other"
+    other.mkdir()
+    begun = [f"--model.init_args.weights={out}", "--model.init_args.weights_drop=[head]"]
+    begun.append("--trainer.max_epochs=1")
+    done = patchlight("fit", *TINY, *begun, cwd=other)
+    assert done.returncode == 0, done.stderr
+    out.unlink()
+    second = only_run(other) / "checkpoints" / "last.ckpt"
+    assert export(["--checkpoint", str(second), "--out", str(tmp_path / "b.safetensors")]) == 0
 
 
 @pytest.mark.slow

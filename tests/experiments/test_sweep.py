@@ -15,6 +15,28 @@ DEPTH = "model.init_args.backbone.init_args.depth"
 def test_values_are_split_outside_brackets() -> None:
     assert split_values("a, b,c") == ["a", "b", "c"]
     assert split_values("[1,2],{a: b, c: [d,e]},f") == ["[1,2]", "{a: b, c: [d,e]}", "f"]
+    assert split_values("'a,b',c") == ["'a,b'", "c"]
+    with pytest.raises(ValueError, match="an empty value in 'a,'"):
+        split_values("a,")
+
+
+def test_no_two_settings_share_a_directory() -> None:
+    settings = combinations(["weights=d/w.pth,d_w.pth,d w.pth", "x.size=32,64", "y.size=32,64"])
+    names = {sweep.directory_of(setting) for setting in settings}
+    assert len(names) == 12
+    assert all(len(name) < 100 for name in names)
+
+
+def test_a_changed_recipe_is_another_sweep(tmp_path: Path) -> None:
+    recipe = tmp_path / "a.yaml"
+    recipe.write_text("trainer: {max_epochs: 1}")
+    sweep.claim(tmp_path / "out", ["--config", str(recipe)], [str(recipe)])
+    sweep.claim(tmp_path / "out", ["--config", str(recipe)], [str(recipe)])
+    recipe.write_text("trainer: {max_epochs: 2}")
+    with pytest.raises(ValueError, match="holds a sweep with other recipes"):
+        sweep.claim(tmp_path / "out", ["--config", str(recipe)], [str(recipe)])
+    with pytest.raises(ValueError, match=r"--config nowhere\.yaml: no such file"):
+        sweep.claim(tmp_path / "out", [], ["nowhere.yaml"])
 
 
 def test_axes_multiply_and_keys_of_one_axis_go_together() -> None:
@@ -60,7 +82,7 @@ def test_a_sweep_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     assert first.returncode == 0, first.stderr
     out = tmp_path / "runs" / "sweep" / "supervised"
     results = sorted(out.rglob("result.json"))
-    assert [p.relative_to(out).parts[0] for p in results] == [
+    assert [p.relative_to(out).parts[0][:-9] for p in results] == [
         "seed_everything_0_depth_1",
         "seed_everything_1_depth_1",
     ]
@@ -95,6 +117,7 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
 
 def test_a_metric_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.yaml").touch()
     monkeypatch.setattr(sweep, "run", lambda *_: {"metrics": {"val/loss": 1.0}})
     with pytest.raises(ValueError, match="no metric 'val/accuracy'; they have val/loss"):
         sweep.sweep(["--config", "x.yaml", "--vary", "a=1"])

@@ -11,6 +11,7 @@ import safetensors.torch
 import timm
 import torch
 from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import _load_weights as timm_reads_npz
 from torch import nn
 
@@ -143,20 +144,27 @@ def test_timm_in_and_out(family: str, tmp_path: Path) -> None:
     assert torch.equal(again(images), expected)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"positions": Positions("sincos2d")},
-        {"positions": Positions("learned2d")},
-        {"block": BlockStyle(residual_scale=2.0)},
-    ],
-    ids=["sincos2d", "learned2d", "residual scale"],
-)
-def test_what_timm_lacks_is_written_in_its_terms(arguments: dict, tmp_path: Path) -> None:
-    ours = small_network(**arguments)
-    theirs = timm.create_model("vit_tiny_patch16_224", **TINY).eval()
+IN_TIMMS_TERMS: dict[str, dict[str, Any]] = {
+    "sincos2d": {"positions": Positions("sincos2d")},
+    "learned2d": {"positions": Positions("learned2d")},
+    "no positions": {"positions": Positions("none")},
+    "no prefix rows": {"positions": NO_ROWS, "num_registers": 2},
+    "residual scale": {"block": BlockStyle(residual_scale=2.0)},
+    "tanh": {"block": BlockStyle(mlp="gelu_tanh", layer_scale=0.1)},
+    "swiglu": {"block": BlockStyle(mlp="swiglu", qkv_bias=False)},
+    "epsilon": {"block": BlockStyle(norm_eps=1e-2, qk_norm=True)},
+    "average": {"pooling": "avg"},
+    "norm, then average": {"pooling": "norm_avg", "class_token": False},
+    "MAP, not square": {"pooling": "map", "class_token": False, "image_size": (32, 48)},
+}
+
+
+@pytest.mark.parametrize("option", IN_TIMMS_TERMS)
+def test_the_arguments_for_timm_are_the_right_ones(option: str) -> None:
+    ours = small_network(**IN_TIMMS_TERMS[option])
+    theirs = VisionTransformer(**weights.timm_arguments(ours)).eval()
     theirs.load_state_dict(weights.to_timm(ours), strict=True)
-    images = torch.randn(2, 3, 32, 32)
+    images = torch.randn(2, 3, *ours.backbone.image_size)
     torch.testing.assert_close(theirs(images), ours(images), atol=1e-5, rtol=1e-5)
 
 
@@ -166,6 +174,7 @@ def test_what_timm_lacks_is_written_in_its_terms(arguments: dict, tmp_path: Path
         {"positions": Positions("relative")},
         {"positions": Positions(inject="every")},
         {"pre_logits": True},
+        {"distillation_token": True, "num_registers": 1},
     ],
 )
 def test_what_timm_cannot_express_is_refused(arguments: dict) -> None:
@@ -317,6 +326,43 @@ def test_rows_of_the_prefix_tokens_move_into_the_tokens(registers: int, tmp_path
     torch.testing.assert_close(back(images), old(images), atol=1e-5, rtol=1e-5)
 
 
+def test_a_published_table_is_that_of_a_square_image(tmp_path: Path) -> None:
+    """Sixteen rows may be 4x4 or 2x8; timm, too, leaves only a square one as it is."""
+    theirs = their("vit_tiny_patch16_224", {"img_size": 64})
+    torch.save(theirs.state_dict(), tmp_path / "square.pth")
+    ours = our({"image_size": (32, 128)})
+    report = weights.load(ours, tmp_path / "square.pth")
+    assert "from 4x4 to 2x8" in report.resampled["positions.table"]
+    expected = resample_abs_pos_embed(theirs.pos_embed, [2, 8], [4, 4])
+    torch.testing.assert_close(ours.backbone.positions.table, expected, atol=1e-6, rtol=1e-5)
+
+    torch.save(ours.state_dict(), tmp_path / "ours.pth")  # our own is what it was
+    again = our({"image_size": (32, 128)})
+    assert not weights.load(again, tmp_path / "ours.pth").resampled
+    assert torch.equal(again.backbone.positions.table, ours.backbone.positions.table)
+
+
+def test_doubtful_prefix_rows_are_those_of_the_network(tmp_path: Path) -> None:
+    """Nine rows beside five tokens: 3x3 without rows for them, or 2x2 with."""
+    tokens = {"num_registers": 4, "positions": NO_ROWS}
+    old = small_network(**tokens, image_size=48)
+    torch.save(weights.to_timm(old), tmp_path / "old.pth")
+    new = our({**tokens, "image_size": 64})
+    report = weights.load(new, tmp_path / "old.pth")
+    assert report.resampled == {"positions.table": "resampled from 3x3 to 4x4 (antialias)"}
+
+
+@pytest.mark.parametrize("prefix_rows", [True, False])
+def test_a_class_token_may_be_dropped_with_its_row(prefix_rows: bool, tmp_path: Path) -> None:
+    positions = Positions(prefix_rows=prefix_rows)
+    old = small_network(positions=positions, pooling="norm_avg", image_size=64)
+    torch.save(weights.to_timm(old), tmp_path / "old.pth")
+    new = our({"pooling": "norm_avg", "class_token": False, "image_size": 64})
+    weights.load(new, tmp_path / "old.pth", drop=["cls_token"])
+    table = old.backbone.positions.table[:, int(prefix_rows) :]
+    assert torch.equal(new.backbone.positions.table, table)
+
+
 @pytest.mark.parametrize("kind", ["learned2d", "relative"])
 def test_other_positions_are_resampled_too(kind: Any, tmp_path: Path) -> None:
     old = small_network(positions=Positions(kind), image_size=64)
@@ -335,6 +381,9 @@ def test_a_table_of_sines_is_checked_not_trusted(tmp_path: Path) -> None:
     read = our({"positions": Positions("sincos2d")})
     report = weights.load(read, tmp_path / "mae.pth")
     assert report.resampled == {"positions.table": "equals the computed sines and cosines"}
+    half = {name: tensor.half() for name, tensor in state.items()}
+    safetensors.torch.save_file(half, tmp_path / "half.safetensors")
+    weights.load(read, tmp_path / "half.safetensors")
     with pytest.raises(ValueError, match="not the network's sines and cosines; set"):
         weights.load(our({"positions": Positions("sincos2d_big_vision")}), tmp_path / "mae.pth")
 
@@ -392,7 +441,7 @@ def test_dino_and_our_own_checkpoints_name_their_networks(tmp_path: Path) -> Non
             state.pop(f"module.backbone.head.{name}")
     torch.save({**dino, "epoch": 3, "args": argparse.Namespace(lr=0.1)}, tmp_path / "dino.pth")
     backbone = our({}).backbone
-    with pytest.raises(ValueError, match="several networks: teacher, student; name one as part"):
+    with pytest.raises(ValueError, match="several networks: student, teacher; name one as part"):
         weights.load(backbone, tmp_path / "dino.pth")
     weights.load(backbone, tmp_path / "dino.pth", part="student", drop=["head"])
     assert torch.equal(backbone.positions.table, student.backbone.positions.table)
@@ -405,6 +454,31 @@ def test_dino_and_our_own_checkpoints_name_their_networks(tmp_path: Path) -> Non
     assert torch.equal(network.head.weight, teacher.head.weight)
     with pytest.raises(ValueError, match="no part 'teacher'; it has classifier, averaged"):
         weights.load(network, tmp_path / "last.ckpt", part="teacher")
+
+
+def test_one_name_twice_is_no_guess(tmp_path: Path) -> None:
+    state = weights.to_timm(small_network())
+    twice = {**state, "module.head.weight": torch.zeros(5, 48)}
+    torch.save(twice, tmp_path / "twice.pth")
+    with pytest.raises(ValueError, match=r"has head\.weight twice, with and without a prefix"):
+        weights.read(tmp_path / "twice.pth")
+    torch.save({**state, "positions.table": state["pos_embed"]}, tmp_path / "both.pth")
+    with pytest.raises(ValueError, match=r"positions\.table twice: as pos_embed and as pos"):
+        weights.load(our({}), tmp_path / "both.pth")
+
+
+def test_every_network_of_a_file_is_found(tmp_path: Path) -> None:
+    state = weights.to_timm(small_network())
+    payload = {"model": state, "ema": state, "loss": {"center": torch.zeros(1)}, "epoch": 3}
+    torch.save(payload, tmp_path / "two.pth")
+    assert list(weights.read(tmp_path / "two.pth")) == ["model", "ema"]
+    foreign = {"pytorch-lightning_version": "2.0", "state_dict": state}
+    torch.save(foreign, tmp_path / "foreign.ckpt")
+    ((name, found),) = weights.read(tmp_path / "foreign.ckpt").items()
+    assert (name, found.keys()) == ("state_dict", state.keys())
+    wrapped = {f"module.{name}": tensor for name, tensor in state.items()}
+    safetensors.torch.save_file(wrapped, tmp_path / "wrapped.safetensors")
+    weights.load(our({}), tmp_path / "wrapped.safetensors")
 
 
 def test_deit3s_own_names(tmp_path: Path) -> None:
@@ -436,6 +510,8 @@ def test_by_name_through_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = our({})
     weights.load(ours, "timm:vit_tiny_patch16_224.augreg_in21k")
     assert asked == {"vit_tiny_patch16_224.augreg_in21k": True}
+    with pytest.raises(ValueError, match="timm:vit_smal: timm knows no model of this name"):
+        weights.load(ours, "timm:vit_smal")
     assert torch.equal(ours.head.weight, theirs.head.weight)
 
 

@@ -204,6 +204,8 @@ def test_first_values(init: str) -> None:
 def test_layers_for_layer_decay() -> None:
     vit = ViT("mu", image_size=32, depth=3, pooling="map", num_registers=1, pre_logits=True)
     layers = {name: vit.layer_of(name) for name, _ in vit.named_parameters()}
+    own = ViT("mu", image_size=32, depth=3, positions=Positions(inject="every"))
+    assert own.layer_of("positions.2.table") == 3
     after = ("norm.", "attn_pool.", "pre_logits.")
     for name, layer in layers.items():
         if name.startswith("blocks."):

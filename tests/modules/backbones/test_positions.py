@@ -192,7 +192,7 @@ def test_swins_index() -> None:
     from modules.backbones.positions import offset_index
 
     expected = [[4, 3, 1, 0], [5, 4, 2, 1], [7, 6, 4, 3], [8, 7, 5, 4]]
-    assert offset_index((2, 2), torch.device("cpu")).tolist() == expected
+    assert offset_index((2, 2)).tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -202,14 +202,20 @@ def test_swins_index() -> None:
         ({"inject": "all"}, "positions.inject is 'all'; expected one of stem"),
         ({"kind": "relative", "inject": "stem"}, "act within attention; use every"),
         ({"kind": "sincos2d", "inject": "every"}, "alike in all blocks; use every_shared"),
-        ({"kind": "none", "inject": "stem"}, "kind none has nothing to inject"),
+        (
+            {"kind": "none", "inject": "stem"},
+            "inject is 'stem', but kind none has no use",
+        ),
+        ({"kind": "sincos2d", "prefix_rows": False}, "prefix_rows is False, but kind sincos2d"),
+        ({"kind": "sincos2d", "resample": "dino"}, "resample is 'dino', but kind sincos2d has no"),
+        ({"kind": "relative", "prefix_rows": False}, "kind relative has no use for it"),
         ({"resample": "nearest"}, "positions.resample is 'nearest'"),
     ],
 )
 def test_errors(arguments: dict, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         unchecked(Positions, arguments)
-    with pytest.raises(ValueError, match="width 30 is no multiple of 4"):
+    with pytest.raises(ValueError, match="width 30 is no multiple of 4 above 4"):
         ViT("mu", embed_dim=30, num_heads=2, image_size=32, positions=Positions("sincos2d"))
 
 
