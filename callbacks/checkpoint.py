@@ -138,8 +138,8 @@ def sync_directory(path: Path) -> None:
 class Checkpoint(CheckpointBase):
     """Keeps `last.ckpt` current and `best.ckpt` the best.
 
-    A run is evaluated at its end, whatever its interval. `last` is written every `every_n_steps` optimizer steps, at the end of every epoch, and when
-    the run is told to stop (SIGTERM).
+    `last` is written every `every_n_steps` optimizer steps, at the end of every epoch, and when
+    the run is told to stop (SIGTERM). A run is evaluated at its end, whatever the interval.
 
     Args:
         every_n_steps: optimizer steps from one `last.ckpt` to the next.

@@ -114,7 +114,13 @@ def test_fashion_from_debians_files(tmp_path: Path) -> None:
     assert len(list((tmp_path / "data" / "FashionMNIST" / "raw").iterdir())) == 4
     recipe = str(ROOT / "experiments" / "quickstart" / "fashion.yaml")
     done = patchlight(
-        "fit", "--config", recipe, *QUICK, "--data.init_args.batch_size=8", cwd=tmp_path
+        "fit",
+        "--config",
+        recipe,
+        *QUICK,
+        "--trainer.log_every_n_steps=1",
+        "--data.init_args.batch_size=8",
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "quickstart" / "fashion" / "version_0"

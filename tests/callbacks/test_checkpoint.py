@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.checkpoint import AtomicCheckpointIO, Checkpoint, not_primitive, read_checkpoint
 from modules import Supervised
