@@ -78,7 +78,8 @@ class ImageDataModule(LightningDataModule):
         root: directory (or list file) of the source; the embedded ones have none.
         source_args: further arguments of the source.
         channels: 1 or 3 channels of the images.
-        image_size: side in pixels of what the network sees, or (height, width).
+        image_size: side in pixels of what the network sees, or (height, width); null for what
+            the method's backbone is made for.
         batch_size: images in a batch of one device.
         repeats: copies of each image in an epoch, each augmented differently; an epoch stays as
             long and holds that many times fewer images (DeiT: 3).
@@ -110,7 +111,7 @@ class ImageDataModule(LightningDataModule):
         root: str | None = None,
         source_args: dict[str, Any] | None = None,
         channels: Literal[1, 3] = 3,
-        image_size: int | tuple[int, int] = 224,
+        image_size: int | tuple[int, int] | None = None,
         batch_size: int = 64,
         repeats: int = 1,
         num_workers: int = 2,
@@ -225,7 +226,7 @@ class ImageDataModule(LightningDataModule):
             }
         )
         geometry = TrainGeometry(
-            self.image_size,
+            self.known_size(),
             self.crop_scale,
             self.crop_ratio,
             self.flip,
@@ -233,6 +234,12 @@ class ImageDataModule(LightningDataModule):
             self.rand_augment,
         )
         return self.loader(self.train_source, geometry, sampler)
+
+    def known_size(self) -> tuple[int, int]:
+        """(height, width), which a method's `setup` fills in where it was left open."""
+        if self.image_size is None:
+            raise ValueError("data.image_size is null, and no method said what it needs; set it")
+        return self.image_size
 
     def check_resumed(self, order: dict[str, int]) -> None:
         """A run goes on where its batch counter stands, which has to count the same batches."""
@@ -250,7 +257,7 @@ class ImageDataModule(LightningDataModule):
         if self.trainer is not None:
             rank, world_size = self.trainer.global_rank, self.trainer.world_size
         sampler = EvalBatches(len(self.val_source), self.batch_size, rank, world_size)
-        geometry = EvalGeometry(self.image_size, self.eval_crop, self.interpolation)
+        geometry = EvalGeometry(self.known_size(), self.eval_crop, self.interpolation)
         return self.loader(self.val_source, geometry, sampler)
 
     def loader(

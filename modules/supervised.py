@@ -192,7 +192,7 @@ class Supervised(LightningModule):
                 f"or 16-mixed, which keep the weights in float32"
             )
         backbone = self.classifier.backbone
-        check_image_size(getattr(data, "image_size", None), backbone)
+        settle_image_size(data, backbone)
         if stage == "fit" and self.distillation is not None:
             self.teacher = Teacher(
                 self.distillation, self.num_classes, backbone.in_channels, backbone.image_size
@@ -304,16 +304,18 @@ class Supervised(LightningModule):
         return [EMA()] if self.averaged is not None else []
 
 
-def check_image_size(given: int | tuple[int, int] | None, backbone: Backbone) -> None:
-    """Refuse data of another size than the backbone's positions are made for.
+def settle_image_size(data: Any, backbone: Backbone) -> None:
+    """Give data without an image size the backbone's, and refuse another one.
 
-    The backbone would take them, and resample its positions at every step.
+    The backbone would take it, and resample its positions at every step.
     """
-    made_for = getattr(backbone, "image_size", None)
-    if given is None or made_for is None:
+    if not hasattr(data, "image_size"):
         return
-    height, width = (given, given) if isinstance(given, int) else given
-    if (height, width) != tuple(made_for):
+    made_for = tuple(backbone.image_size)
+    if data.image_size is None:
+        data.image_size = made_for
+    elif data.image_size != made_for:
+        height, width = data.image_size
         raise ValueError(
             f"data.init_args.image_size is {height}x{width}, but the backbone is made for "
             f"{made_for[0]}x{made_for[1]}; to train at {height}x{width} set "

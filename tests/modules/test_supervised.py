@@ -209,6 +209,9 @@ def test_images_of_another_size_than_the_backbones_are_refused(
         small.trainer(tmp_path).fit(small.method(), small.data(image_size=size))
     module = small.method(backbone=ViT("mu", patch_size=8, image_size=size, in_channels=1))
     small.trainer(tmp_path, max_steps=1).fit(module, small.data(image_size=size))
+    open_size = small.data(image_size=None)
+    small.trainer(tmp_path, max_steps=1).fit(module, open_size)
+    assert open_size.image_size == module.classifier.backbone.image_size
 
 
 def test_metrics_count_valid_images_only(tmp_path: Path) -> None:
