@@ -173,6 +173,8 @@ class PatchlightCLI(LightningCLI):
             )
 
     def after_fit(self) -> None:
+        if not self.trainer.callback_metrics:  # a finished run was resumed: nothing was done
+            self.trainer.validate(self.model, self.datamodule, verbose=False)
         write_result(self.trainer)
         announce_end(self.trainer)
 
