@@ -38,3 +38,58 @@ class ImageBatch(NamedTuple):
     is_valid: Bool[Tensor, " b"]
     is_replaced: Bool[Tensor, " b"]
     mixed: Mixed | None = None
+
+
+class PackedImages(NamedTuple):
+    """Images of any size, cut into patches and laid one after another into rows of one length.
+
+    A row of n tokens has room for `slots` images, so that a batch has m = rows * slots; image
+    `row * slots + slot` takes neighbouring tokens of its row: first its prefix tokens (class
+    token, registers), then its patches row by row, dropped ones left out. What remains at the
+    end of a row is padding. Slots fill up in order; empty ones have no tokens.
+
+    patches:   [rows, n, c * patch * patch] uint8 in the worker, float32 and normalised in a
+               method; a patch in the order (channel, row, column) of a convolution's weight;
+               meaningless at prefix tokens and padding
+    positions: [rows, n, 2] row and column of a patch in the grid of its image; (-1, i) at prefix
+               token i, (-1, -1) at padding
+    segments:  [rows, n] slot of each token within its row, -1 at padding
+    grids:     [m, 2] rows and columns of patches of each image before dropping; (1, 1) where
+               there is none
+    offsets:   [rows * (slots + 1) + 1] int32; all tokens of the batch in one line, row after row,
+               where each segment starts and ends: the slots of a row, then its padding
+    num_prefix: prefix tokens of every image
+    """
+
+    patches: UInt8[Tensor, "rows n e"] | Float[Tensor, "rows n e"]
+    positions: Int[Tensor, "rows n 2"]
+    segments: Int[Tensor, "rows n"]
+    grids: Int[Tensor, "m 2"]
+    offsets: Int[Tensor, " o"]
+    num_prefix: int
+
+
+class PackedBatch(NamedTuple):
+    """Packed images with labels, the same shapes in every batch of a run.
+
+    images:   see `PackedImages`
+    labels:   [m] class ids, 0 in empty slots
+    indices:  [m] index in the source, -1 in empty slots
+    keys:     [m] what all random draws for this image in this epoch are a function of
+    is_valid: [m] False in empty slots and for unreadable images in evaluation
+    is_replaced: [m] True where the image could not be read; in training another took its place
+    divisor:  [] float32; the sum of the losses of this batch divided by it, averaged over devices
+              and accumulated micro-batches, is the mean over the images of the optimizer step
+    num_images: images in the batch
+    num_tokens: tokens in the batch that are no padding
+    """
+
+    images: PackedImages
+    labels: Int[Tensor, " m"]
+    indices: Int[Tensor, " m"]
+    keys: Int[Tensor, " m"]
+    is_valid: Bool[Tensor, " m"]
+    is_replaced: Bool[Tensor, " m"]
+    divisor: Float[Tensor, ""]
+    num_images: int
+    num_tokens: int
