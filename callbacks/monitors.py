@@ -7,6 +7,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from datamodules.batch import PackedBatch
+
 
 class FiniteLoss(Callback):
     """Stops a run whose loss is infinite or no number, before it replaces a good checkpoint.
@@ -45,7 +47,7 @@ class Throughput(Callback):
 
     The clock covers the steps between two log points, data loading included, and leaves out
     validation and checkpoints at the end of an epoch. Lightning's monitor would synchronise the
-    device every step.
+    device every step. The images of a pack are those of this device, times the devices.
     """
 
     def __init__(self) -> None:
@@ -65,8 +67,32 @@ class Throughput(Callback):
         if self.started is None:  # the first step after a pause only starts the clock
             self.started, self.images = now, 0
             return
-        self.images += len(batch[0]) * trainer.world_size
+        self.images += batch.num_images * trainer.world_size
         if trainer._logger_connector.should_update_logs:
             rate = self.images / (now - self.started)
             pl_module.log("train/images_per_s", rate, batch_size=1)
             self.started, self.images = now, 0
+
+
+class FillRate(Callback):
+    """Logs `train/fill_rate` every epoch: the share of tokens in packed batches that is no padding.
+
+    Other batches have no padding and log nothing.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = self.places = 0
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.tokens = self.places = 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if isinstance(batch, PackedBatch):
+            self.tokens += batch.num_tokens
+            self.places += batch.images.segments.numel()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.places:
+            pl_module.log("train/fill_rate", self.tokens / self.places, sync_dist=True)

@@ -1,13 +1,17 @@
 """When pictures go to TensorBoard."""
 
+import math
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torchvision.utils import make_grid
+
+from datamodules.batch import PackedImages
 
 
 def for_display(
@@ -20,6 +24,31 @@ def for_display(
     return torch.as_tensor(make_grid(images, nrow=columns, padding=1, pad_value=1.0))
 
 
+def unpack(
+    packed: PackedImages, channels: int, count: int
+) -> Float[Tensor, "count channels height width"]:
+    """The first images of a pack beside each other, on canvases of the largest size.
+
+    What was dropped, and what an image does not reach, has the largest value of the pack: white.
+    """
+    slots = len(packed.grids) // len(packed.segments)
+    owners = (
+        packed.segments + torch.arange(len(packed.segments))[:, None].to(packed.segments) * slots
+    )
+    is_patch = packed.positions[..., 0] >= 0
+    shown = sorted(set(owners[is_patch].tolist()))[:count]
+    side = math.isqrt(packed.patches.shape[-1] // channels)
+    rows, columns = (int(n) for n in packed.grids[shown].amax(0))
+    white = packed.patches[is_patch].amax()
+    canvas = white.expand(len(shown), rows, columns, packed.patches.shape[-1]).clone()
+    for place, image in enumerate(shown):
+        chosen = is_patch & (owners == image)
+        row, column = packed.positions[chosen].unbind(1)
+        canvas[place, row, column] = packed.patches[chosen]
+    pattern = "count rows columns (c p q) -> count c (rows p) (columns q)"
+    return rearrange(canvas, pattern, c=channels, p=side, q=side)
+
+
 class AugmentedBatch(Callback):
     """Once a run: the first training batch (32 images of it) as the network sees it."""
 
@@ -30,5 +59,8 @@ class AugmentedBatch(Callback):
             return
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                grid = for_display(batch[0][:32])
+                images = batch.images
+                if isinstance(images, PackedImages):
+                    images = unpack(images, trainer.datamodule.channels, 32)  # type: ignore[attr-defined]
+                grid = for_display(images[:32])
                 logger.experiment.add_image("train/augmented_batch", grid, 0)

@@ -1,11 +1,13 @@
 """Data modules that a recipe can name.
 
-    images.py   ImageDataModule   labelled images of any source, cropped and augmented
+    images.py   ImageDataModule    labelled images of any source, cropped and augmented
+    packed.py   PackedDataModule   the same in their own aspect and many sizes, packed into rows
 
 and what they are made of: `sources`, `sampling`, `geometry`, `photometric`, `augment`,
-`batch`.
+`packing`, `batch`.
 """
 
 from datamodules.images import ImageDataModule
+from datamodules.packed import PackedDataModule
 
-__all__ = ["ImageDataModule"]
+__all__ = ["ImageDataModule", "PackedDataModule"]

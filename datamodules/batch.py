@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
@@ -39,6 +40,14 @@ class ImageBatch(NamedTuple):
     is_replaced: Bool[Tensor, " b"]
     mixed: Mixed | None = None
 
+    @property
+    def num_images(self) -> int:
+        return len(self.labels)
+
+    def mean(self, losses: Float[Tensor, " b"]) -> Float[Tensor, ""]:
+        """The loss of the batch from one of every image."""
+        return losses.mean()
+
 
 class PackedImages(NamedTuple):
     """Images of any size, cut into patches and laid one after another into rows of one length.
@@ -69,6 +78,9 @@ class PackedImages(NamedTuple):
     num_prefix: int
 
 
+Images = Float[Tensor, "b c height width"] | PackedImages  # what a backbone takes
+
+
 class PackedBatch(NamedTuple):
     """Packed images with labels, the same shapes in every batch of a run.
 
@@ -93,3 +105,14 @@ class PackedBatch(NamedTuple):
     divisor: Float[Tensor, ""]
     num_images: int
     num_tokens: int
+
+    @property
+    def mixed(self) -> None:
+        """Images of different size are not mixed."""
+
+    def mean(self, losses: Float[Tensor, " m"]) -> Float[Tensor, ""]:
+        """The loss of the batch from one of every slot; every image counts alike.
+
+        Devices and micro-batches hold different numbers of images, hence the divisor.
+        """
+        return torch.where(self.is_valid, losses, 0.0).sum() / self.divisor

@@ -4,25 +4,17 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.augment import Mixing, erase, normalize
 from datamodules.batch import ImageBatch
-from datamodules.geometry import (
-    Augment,
-    EvalGeometry,
-    Interpolation,
-    TrainGeometry,
-    make_rand_augment,
-)
+from datamodules.geometry import EvalGeometry, Interpolation, TrainGeometry
+from datamodules.module import IMAGENET_MEAN, IMAGENET_STD, Needs, SourceDataModule, limited
 from datamodules.photometric import three_augment
-from datamodules.sampling import EvalBatches, Sample, TrainBatches, fold, run_seed
-from datamodules.sources import BadImageError, Example, Source, Split, open_source
-from datamodules.unreadable import Unreadable
+from datamodules.sampling import EvalBatches, Sample, TrainBatches
+from datamodules.sources import Source
+from datamodules.unreadable import read_example
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 Geometry = TrainGeometry | EvalGeometry
 
 
@@ -39,7 +31,7 @@ class ImageDataset(Dataset[ImageBatch]):
         return len(self.source)
 
     def __getitem__(self, sample: Sample) -> ImageBatch:
-        example, is_replaced = self.read(sample)
+        example, is_replaced = read_example(self.source, sample.item)
         return ImageBatch(
             images=self.geometry(example.image, sample.key),
             labels=torch.tensor(example.label),
@@ -49,20 +41,6 @@ class ImageDataset(Dataset[ImageBatch]):
             is_replaced=torch.tensor(is_replaced),
         )
 
-    def read(self, sample: Sample) -> tuple[Example, bool]:
-        """The example, or the first readable one of a sequence fixed by the sample's index."""
-        index = sample.item
-        for attempt in range(20):
-            try:
-                return self.source[index], attempt > 0
-            except BadImageError as error:
-                last = error
-                index = fold(sample.item, attempt) % len(self.source)
-        raise ValueError(
-            f"20 images in a row could not be read, the last {last.description} "
-            f"({last.reason}); run `patchlight check-data` on the folder"
-        )
-
 
 def collate(samples: Sequence[ImageBatch]) -> ImageBatch:
     """Stack what `ImageDataset` gives, field by field; nothing is mixed yet."""
@@ -70,7 +48,7 @@ def collate(samples: Sequence[ImageBatch]) -> ImageBatch:
     return ImageBatch(*columns)  # type: ignore[arg-type]  # mypy cannot count the columns
 
 
-class ImageDataModule(LightningDataModule):
+class ImageDataModule(SourceDataModule):
     """Batches of labelled images from any source.
 
     Args:
@@ -90,6 +68,8 @@ class ImageDataModule(LightningDataModule):
         flip: probability of a horizontal flip.
         interpolation: "bicubic" or "bilinear", antialiased.
         eval_crop: share of the image's shorter side kept in evaluation.
+        eval_side: side in pixels in evaluation, where it is not that of training (FixRes, Touvron
+            et al. 2019); null for `image_size`.
         mean: what is subtracted from images in [0, 1], a number a channel.
         std: what they are then divided by.
         rand_augment: timm's recipe, such as "rand-m9-mstd0.5-inc1", or null.
@@ -120,6 +100,7 @@ class ImageDataModule(LightningDataModule):
         flip: float = 0.5,
         interpolation: Interpolation = "bicubic",
         eval_crop: float = 0.875,
+        eval_side: int | None = None,
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
         rand_augment: str | None = None,
@@ -130,35 +111,24 @@ class ImageDataModule(LightningDataModule):
         mix_probability: float = 1.0,
         max_bad: float = 0.01,
     ) -> None:
-        super().__init__()
-        self.source, self.root, self.source_args = source, root, dict(source_args or {})
-        self.channels, self.batch_size, self.num_workers = channels, batch_size, num_workers
+        super().__init__(
+            *(source, root, source_args, channels, num_workers, mean, std, max_bad, eval_side)
+        )
+        self.batch_size = batch_size
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.crop_scale, self.crop_ratio, self.flip = crop_scale, crop_ratio, flip
         self.interpolation, self.eval_crop = interpolation, eval_crop
-        self.mean, self.std, self.erasing, self.max_bad = mean, std, erasing, max_bad
-        self.repeats, self.three_augment = repeats, three_augment
+        self.erasing, self.repeats, self.three_augment = erasing, repeats, three_augment
         self.mixing = Mixing(mixup, cutmix, mix_probability)
         self.check_arguments()
-        self.rand_augment: Augment | None = None
-        if rand_augment is not None:
-            if three_augment:
-                raise ValueError(
-                    f"rand_augment {rand_augment!r} and three_augment are both on; recipes use "
-                    f"one or the other: set rand_augment to null or three_augment to false"
-                )
-            if channels != 3:
-                raise ValueError(f"rand_augment needs 3 channels, but channels is {channels}")
-            self.rand_augment = make_rand_augment(rand_augment, tuple(round(255 * m) for m in mean))
-        self.order: dict[str, int] = {}
-        self.unreadable: dict[Split, Unreadable] = {"train": Unreadable(), "val": Unreadable()}
+        if rand_augment is not None and three_augment:
+            raise ValueError(
+                f"rand_augment {rand_augment!r} and three_augment are both on; recipes use "
+                f"one or the other: set rand_augment to null or three_augment to false"
+            )
+        self.rand_augment = self.make_rand_augment(rand_augment)
 
     def check_arguments(self) -> None:
-        if len(self.mean) != self.channels or len(self.std) != self.channels:
-            raise ValueError(
-                f"mean {self.mean} and std {self.std} need one number for each of the "
-                f"{self.channels} channel(s)"
-            )
         if self.batch_size < 1 or (self.mixing and self.batch_size % 2):
             raise ValueError(
                 f"batch_size is {self.batch_size}; expected at least 1, and an even number "
@@ -168,9 +138,7 @@ class ImageDataModule(LightningDataModule):
             raise ValueError(f"repeats is {self.repeats}; expected at least 1")
         if self.three_augment and self.channels != 3:
             raise ValueError(f"three_augment needs 3 channels, but channels is {self.channels}")
-        for name in ("flip", "erasing", "max_bad"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected within [0, 1]")
+        self.check_shares("flip", "erasing")
         if not 0.0 < self.eval_crop <= 1.0:
             raise ValueError(f"eval_crop is {self.eval_crop}; expected within (0, 1]")
         low, high = self.crop_scale
@@ -179,44 +147,37 @@ class ImageDataModule(LightningDataModule):
         if not 0.0 < self.crop_ratio[0] <= self.crop_ratio[1]:
             raise ValueError(f"crop_ratio is {self.crop_ratio}; expected 0 < low <= high")
 
-    def open(self, split: Split) -> Source:
-        return open_source(
-            self.source, split, self.root, channels=self.channels, **self.source_args
-        )
+    def fit_to(self, needs: Needs) -> None:
+        """Take the backbone's image size where none was given, and refuse another one.
 
-    def prepare_data(self) -> None:
-        """On one process: download, and write the index of a folder for the others to map."""
-        self.open("train")
-        self.open("val")
-
-    def setup(self, stage: str) -> None:
-        trainer = self.trainer
-        if (
-            trainer is not None
-            and trainer.world_size > 1
-            and trainer._accelerator_connector.use_distributed_sampler
-        ):
+        The backbone would take it, and resample its positions at every step.
+        """
+        super().fit_to(needs)
+        made_for = needs.image_size
+        if self.image_size is None:
+            if made_for is None:
+                raise ValueError(
+                    "data.init_args.image_size is null, and the backbone takes any size; set it"
+                )
+            self.image_size = made_for
+        elif made_for is not None and self.image_size != made_for:
+            height, width = self.image_size
             raise ValueError(
-                "the data module places samples on ranks itself; set "
-                "trainer.use_distributed_sampler to false"
+                f"data.init_args.image_size is {height}x{width}, but the backbone is made for "
+                f"{made_for[0]}x{made_for[1]}; to train at {height}x{width} set "
+                f"model.init_args.backbone.init_args.image_size to "
+                f"{height if height == width else [height, width]} (weights made for another size "
+                f"are resampled to it)"
             )
-        self.seed = run_seed()
-        # All ranks have to ask for it together, so not when one of them meets a bad image.
-        self.log_dir = None if trainer is None else trainer.log_dir
-        self.train_source, self.val_source = self.open("train"), self.open("val")
-        self.class_names = tuple(self.train_source.class_names)
 
     def train_dataloader(self) -> DataLoader[ImageBatch]:
         """The loader of this rank, going on where the trainer's batch counter stands."""
-        batches_done, limit, rank, world_size = 0, 1.0, 0, 1
-        if self.trainer is not None:
-            batches_done = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
-            limit = self.trainer.limit_train_batches or 1.0
-            rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        rank, world_size = self.place()
+        batches_done, limit = self.progress()
         size = (len(self.train_source), self.batch_size, self.seed, rank, world_size)
         length = len(TrainBatches(*size, repeats=self.repeats))
-        per_epoch = min(length, limit) if isinstance(limit, int) else int(length * limit)
-        sampler = TrainBatches(*size, batches_done, max(1, per_epoch), self.repeats)
+        per_epoch = limited(length, limit)
+        sampler = TrainBatches(*size, batches_done, per_epoch, self.repeats)
         self.check_resumed(
             {
                 "images": len(self.train_source),
@@ -233,60 +194,23 @@ class ImageDataModule(LightningDataModule):
             self.interpolation,
             self.rand_augment,
         )
-        return self.loader(self.train_source, geometry, sampler)
+        return self.loader(ImageDataset(self.train_source, geometry), sampler, collate)
 
     def known_size(self) -> tuple[int, int]:
-        """(height, width), which a method's `setup` fills in where it was left open."""
+        """(height, width), which `fit_to` fills in where it was left open."""
         if self.image_size is None:
             raise ValueError("data.image_size is null, and no method said what it needs; set it")
         return self.image_size
 
-    def check_resumed(self, order: dict[str, int]) -> None:
-        """A run goes on where its batch counter stands, which has to count the same batches."""
-        for name, now in order.items():
-            before = self.order.get(name, now)
-            if before != now:
-                raise ValueError(
-                    f"the run that is resumed had {before} {name}, now there are {now}, so its "
-                    f"place in the data is lost; resume it as it was, or start a new run"
-                )
-        self.order = order
-
     def val_dataloader(self) -> DataLoader[ImageBatch]:
-        rank, world_size = 0, 1
-        if self.trainer is not None:
-            rank, world_size = self.trainer.global_rank, self.trainer.world_size
-        sampler = EvalBatches(len(self.val_source), self.batch_size, rank, world_size)
-        geometry = EvalGeometry(self.known_size(), self.eval_crop, self.interpolation)
-        return self.loader(self.val_source, geometry, sampler)
-
-    def loader(
-        self, source: Source, geometry: Geometry, sampler: TrainBatches | EvalBatches
-    ) -> DataLoader[ImageBatch]:
-        return DataLoader(
-            ImageDataset(source, geometry),
-            batch_sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=collate,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-        )
-
-    def on_before_batch_transfer(self, batch: ImageBatch, dataloader_idx: int) -> ImageBatch:
-        """Note unreadable images while the flags are still on the CPU."""
-        if not bool(batch.is_replaced.any()):
-            return batch
-        assert self.trainer is not None
-        training = self.trainer.training
-        source = self.train_source if training else self.val_source
-        self.unreadable["train" if training else "val"].add(
-            [source.describe(i) for i in batch.indices[batch.is_replaced].tolist()],
-            limit=self.max_bad * len(source),
-            directory=self.log_dir,
-            rank=self.trainer.global_rank,
-        )
-        # What replaces an image is fine to train on, but must not count in an evaluation.
-        return batch if training else batch._replace(is_valid=batch.is_valid & ~batch.is_replaced)
+        side = self.eval_side
+        size = self.known_size() if side is None else (side, side)
+        if self.needs is not None:
+            patch, prefix = self.needs.patch_size, self.needs.num_prefix_tokens
+            self.eval_tokens = prefix + (size[0] // patch) * (size[1] // patch)
+        sampler = EvalBatches(len(self.val_source), self.batch_size, *self.place())
+        geometry = EvalGeometry(size, self.eval_crop, self.interpolation)
+        return self.loader(ImageDataset(self.val_source, geometry), sampler, collate)
 
     def on_after_batch_transfer(self, batch: ImageBatch, dataloader_idx: int) -> ImageBatch:
         """Normalise; in training also augment, erase and mix. On the device, in batches."""
@@ -300,12 +224,3 @@ class ImageDataModule(LightningDataModule):
         if self.erasing > 0:
             batch = batch._replace(images=erase(batch.images, batch.keys, self.erasing))
         return self.mixing(batch) if self.mixing else batch
-
-    def state_dict(self) -> dict[str, Any]:
-        names = {str(split): unreadable.names for split, unreadable in self.unreadable.items()}
-        return {"order": self.order, **names}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.order = dict(state_dict.get("order", {}))
-        for split, unreadable in self.unreadable.items():
-            unreadable.names = list(state_dict[split])

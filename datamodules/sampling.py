@@ -7,26 +7,38 @@ devices sees, step by step, the samples of a run on one device with twice the ba
 
 import os
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from torch.utils.data import Sampler
 
 MASK = (1 << 64) - 1
+T = TypeVar("T")
+
+
+def absorb(state: Any, part: Any) -> Any:
+    """One round of SplitMix64 (Steele, Lea and Flood 2014), on an int or on a uint64 array."""
+    state = (state ^ part) + 0x9E3779B97F4A7C15 & MASK
+    state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & MASK
+    state = (state ^ (state >> 27)) * 0x94D049BB133111EB & MASK
+    return state ^ (state >> 31)
 
 
 def fold(*parts: int) -> int:
-    """Hash integers to 63 bits: the key of everything random that depends on just them.
-
-    Each part is absorbed by a round of SplitMix64 (Steele, Lea and Flood 2014).
-    """
+    """Hash integers to 63 bits: the key of everything random that depends on just them."""
     state = 0
     for part in parts:
-        state = (state ^ (part & MASK)) + 0x9E3779B97F4A7C15 & MASK
-        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & MASK
-        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & MASK
-        state ^= state >> 31
-    return state >> 1
+        state = absorb(state, part & MASK)
+    return int(state) >> 1
+
+
+def fold_each(*parts: int, items: np.ndarray) -> np.ndarray:
+    """int64 [n]: `fold(*parts, item)` for every item at once."""
+    state = 0
+    for part in parts:
+        state = absorb(state, part & MASK)
+    folded: np.ndarray = absorb(np.uint64(state), items.astype(np.uint64)) >> np.uint64(1)
+    return folded.astype(np.int64)
 
 
 def run_seed() -> int:
@@ -62,7 +74,49 @@ def copy_key(seed: int, epoch: int, item: int, copy: int) -> int:
     return fold(seed, epoch, item, copy) if copy else fold(seed, epoch, item)
 
 
-class TrainBatches(Sampler[list[Sample]]):
+class Batches(Sampler[T]):
+    """The training batches of one rank, in epochs of one length, from where a run stands.
+
+    Args:
+        length: batches in an epoch.
+        batches_done: batches this rank took before, in all epochs: where to go on.
+        batches_per_epoch: what of an epoch the run takes; None takes all.
+    """
+
+    def __init__(
+        self, length: int, batches_done: int = 0, batches_per_epoch: int | None = None
+    ) -> None:
+        self.length, self.per_epoch = length, min(length, batches_per_epoch or length)
+        self.first_epoch, self.first_batch = divmod(batches_done, self.per_epoch)
+        self.epoch = self.first_epoch
+        self.ahead: int | None = None if batches_done else 0
+
+    @property
+    def sampler(self) -> "Batches[T]":
+        """Ourselves: Lightning looks for `set_epoch` on the sampler of a batch sampler."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        # After a run that `max_steps` ended within an epoch, the trainer counts one more than the
+        # batches that were taken; the batches are right. After one that stopped between its last
+        # batch and the end of the epoch it counts one less, and catches up by itself.
+        if self.ahead is None:
+            self.ahead = max(0, epoch - self.first_epoch)
+        self.epoch = epoch - self.ahead
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[T]:
+        first = self.first_batch if self.epoch == self.first_epoch else 0
+        return self.batches(self.epoch, first)
+
+    def batches(self, epoch: int, first: int) -> Iterator[T]:
+        """The batches of an epoch from the one numbered `first` on."""
+        raise NotImplementedError
+
+
+class TrainBatches(Batches[list[Sample]]):
     """Batches of one rank: shuffled, all of one size, as many on every rank.
 
     The images that do not fill a last global batch sit out the epoch; others do in the next.
@@ -103,39 +157,17 @@ class TrainBatches(Sampler[list[Sample]]):
         self.rank, self.world_size, self.repeats = rank, world_size, repeats
         if repeats < 1:
             raise ValueError(f"repeats is {repeats}; expected at least 1")
-        self.length = num_samples // (batch_size * world_size)
-        if self.length == 0:
+        length = num_samples // (batch_size * world_size)
+        if length == 0:
             raise ValueError(
                 f"{num_samples} training images do not fill one global batch of {batch_size} x "
                 f"{world_size} device(s); set data.batch_size to at most "
                 f"{num_samples // world_size}"
             )
-        self.first_epoch, self.first_batch = divmod(
-            batches_done, min(self.length, batches_per_epoch or self.length)
-        )
-        self.epoch = self.first_epoch
-        self.ahead: int | None = None if batches_done else 0
+        super().__init__(length, batches_done, batches_per_epoch)
 
-    @property
-    def sampler(self) -> "TrainBatches":
-        """Ourselves: Lightning looks for `set_epoch` on the sampler of a batch sampler."""
-        return self
-
-    def set_epoch(self, epoch: int) -> None:
-        # After a run that `max_steps` ended within an epoch, the trainer counts one more than the
-        # batches that were taken; the batches are right. After one that stopped between its last
-        # batch and the end of the epoch it counts one less, and catches up by itself.
-        if self.ahead is None:
-            self.ahead = max(0, epoch - self.first_epoch)
-        self.epoch = epoch - self.ahead
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[list[Sample]]:
-        epoch = self.epoch
+    def batches(self, epoch: int, first: int) -> Iterator[list[Sample]]:
         order = epoch_order(self.num_samples, self.seed, epoch)
-        first = self.first_batch if epoch == self.first_epoch else 0
         for batch in range(first, self.length):
             start = (batch * self.world_size + self.rank) * self.batch_size
             images, copies = repeated(np.arange(start, start + self.batch_size), self.repeats)

@@ -5,6 +5,28 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from datamodules.sampling import fold
+from datamodules.sources import BadImageError, Example, Source
+
+
+def read_example(source: Source, item: int) -> tuple[Example, bool]:
+    """The example `item`, or the first readable one of a sequence fixed by it, and whether.
+
+    Raises:
+        ValueError: twenty in a row cannot be read.
+    """
+    index = item
+    for attempt in range(20):
+        try:
+            return source[index], attempt > 0
+        except BadImageError as error:
+            last = error
+            index = fold(item, attempt) % len(source)
+    raise ValueError(
+        f"20 images in a row could not be read, the last {last.description} "
+        f"({last.reason}); run `patchlight check-data` on the folder"
+    )
+
 
 class Unreadable:
     """The distinct unreadable images of one split that a run has met, by name."""

@@ -7,6 +7,7 @@
     patchlight inspect FILE                            what a checkpoint holds, and what fits it
     patchlight export --checkpoint C --out FILE        for timm (.safetensors) or as ONNX
     patchlight sweep --config RECIPE --vary key=a,b    train every combination, one table
+    patchlight resolutions RUN --sides 64,96,128       evaluate at several sizes, one picture
 
 `fit` and `validate` are LightningCLI: constructor signatures are the schema of a recipe, and
 `patchlight fit --help` lists them.
@@ -34,18 +35,25 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import modules  # noqa: F401 - registers the methods and limits what a config may name
 from callbacks.checkpoint import AtomicCheckpointIO, Checkpoint, read_checkpoint
-from callbacks.monitors import FiniteLoss, Throughput
+from callbacks.monitors import FillRate, FiniteLoss, Throughput
 from callbacks.pictures import AugmentedBatch
 from callbacks.seeding import StepSeed
 from datamodules.check import main as check_data
 from experiments.checkpoints import export, inspect
+from experiments.resolutions import resolutions
 from experiments.sweep import RESULT, sweep
 
 EXPERIMENTS = Path(__file__).parent
 BASE = EXPERIMENTS / "base.yaml"
 ROOMS = ("experiments", "modules", "callbacks", "datamodules")
 STOPPED = 143  # the exit code of a process that ended on SIGTERM: the run is not finished
-VERBS = {"check-data": check_data, "inspect": inspect, "export": export, "sweep": sweep}
+VERBS = {
+    "check-data": check_data,
+    "inspect": inspect,
+    "export": export,
+    "sweep": sweep,
+    "resolutions": resolutions,
+}
 LIBRARIES = (
     *("patchlight", "torch", "torchvision", "lightning", "timm", "einops", "numpy", "pillow"),
     *("jsonargparse", "tensorboard"),
@@ -142,7 +150,13 @@ class PatchlightCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         given = self._get(self.config_init, "trainer")
-        callbacks: list[Any] = [StepSeed(), FiniteLoss(), Throughput(), AugmentedBatch()]
+        callbacks: list[Any] = [
+            StepSeed(),
+            FiniteLoss(),
+            Throughput(),
+            FillRate(),
+            AugmentedBatch(),
+        ]
         if given.get("enable_progress_bar") is not False:
             callbacks.append(RichProgressBar(leave=False))
         kwargs["callbacks"] = [*(given.get("callbacks") or []), *callbacks]

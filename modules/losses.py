@@ -4,12 +4,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from datamodules.batch import ImageBatch
+from datamodules.batch import ImageBatch, PackedBatch
 
 LOSSES = ("softmax", "sigmoid", "bce")
 
 
-def soft_targets(batch: ImageBatch, num_classes: int, smoothing: float) -> Float[Tensor, "b k"]:
+def soft_targets(
+    batch: ImageBatch | PackedBatch, num_classes: int, smoothing: float
+) -> Float[Tensor, "b k"]:
     """Targets that sum to one: smoothed one-hot labels, in the shares of a mixed batch.
 
     A label has 1 - smoothing + smoothing / k, every other class smoothing / k.

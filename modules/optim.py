@@ -18,10 +18,10 @@ from timm.optim.lamb import Lamb
 from torch import Tensor, nn
 
 from modules.lars import LARS
-from modules.schedules import warmup_cosine, warmup_linear
+from modules.schedules import warmup_cosine, warmup_linear, warmup_rsqrt
 
 NAMES = ("adamw", "sgd", "lamb", "lars")
-SCHEDULES = {"cosine": warmup_cosine, "linear": warmup_linear}
+SCHEDULES = {"cosine": warmup_cosine, "linear": warmup_linear, "rsqrt": warmup_rsqrt}
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,9 @@ class Optimization:
         layer_decay: the rate of the layer below is this factor lower, from the head (1) over
             block i of L (layer_decay^(L - i), i from 0) to the stem (layer_decay^(L + 1)), as
             in BEiT and MAE; null for one rate.
-        schedule: what follows the warm-up over the rest of the run: half a "cosine" or a
-            "linear" decay.
+        schedule: what follows the warm-up over the rest of the run: half a "cosine", a "linear"
+            decay, or "rsqrt", a reciprocal square root that does not depend on the run's length.
+        cooldown_steps: the last steps of rsqrt, which go linearly to min_lr.
         warmup_epochs: length of the linear warm-up. May be a fraction.
         warmup_steps: its length in optimizer steps, in the place of warmup_epochs.
         warmup_lr: where it begins; not scaled by the batch.
@@ -62,7 +63,8 @@ class Optimization:
     momentum: float = 0.9
     beta2: float = 0.999
     layer_decay: float | None = None
-    schedule: Literal["cosine", "linear"] = "cosine"
+    schedule: Literal["cosine", "linear", "rsqrt"] = "cosine"
+    cooldown_steps: int = 0
     warmup_epochs: float = 5.0
     warmup_steps: int | None = None
     warmup_lr: float = 0.0
@@ -74,12 +76,12 @@ class Optimization:
         if self.name not in NAMES:
             raise ValueError(f"optimizer {self.name!r} is not known; expected {', '.join(NAMES)}")
         if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule is {self.schedule!r}; expected {' or '.join(SCHEDULES)}")
+            raise ValueError(f"schedule is {self.schedule!r}; expected {', '.join(SCHEDULES)}")
         self.check_unread()
         if self.reference_batch is not None and self.reference_batch < 1:
             raise ValueError(f"reference_batch is {self.reference_batch}; expected at least 1")
         not_negative = ("base_lr", "weight_decay", "momentum", "warmup_epochs", "min_lr")
-        for field in (*not_negative, "warmup_steps", "warmup_lr"):
+        for field in (*not_negative, "warmup_steps", "warmup_lr", "cooldown_steps"):
             value = getattr(self, field)
             if value is not None and value < 0:
                 raise ValueError(f"{field} is {value}; expected 0 or more")
@@ -92,6 +94,11 @@ class Optimization:
         """Refuse what is set beside something that keeps it from being read."""
         if self.name in ("sgd", "lars") and self.beta2 != type(self).beta2:
             raise ValueError(f"beta2 is {self.beta2}, but {self.name} has no beta2; remove it")
+        if self.cooldown_steps and self.schedule != "rsqrt":
+            raise ValueError(
+                f"cooldown_steps is {self.cooldown_steps}, but schedule is {self.schedule}, which "
+                f"ends at min_lr anyway; remove it or use rsqrt"
+            )
         if self.clip_per_parameter and self.clip_norm is None:
             raise ValueError("clip_per_parameter is set but clip_norm is not; set clip_norm")
         if self.warmup_steps is not None and self.warmup_epochs != type(self).warmup_epochs:
@@ -207,8 +214,11 @@ def build(
     return torch.optim.AdamW(groups, lr=how.base_lr, betas=betas, fused=on_cpu or None)
 
 
-def global_batch(trainer: Trainer) -> int:
-    """Images in one optimizer step: per device, times devices, times accumulated batches."""
+def global_batch(trainer: Trainer) -> float:
+    """Images in one optimizer step: per device, times devices, times accumulated batches.
+
+    In packs their number varies from batch to batch; it is the mean then.
+    """
     loader = trainer.train_dataloader
     if loader is None:
         raise ValueError("the global batch is known only once training has its data loader")
@@ -220,7 +230,7 @@ def global_batch(trainer: Trainer) -> int:
             f"the batch size of {type(loader).__name__} is not known, so the learning rate "
             f"cannot be scaled; set optimizer.reference_batch to null and base_lr to the rate"
         )
-    return int(size) * trainer.world_size * trainer.accumulate_grad_batches
+    return float(size) * trainer.world_size * trainer.accumulate_grad_batches
 
 
 @dataclass(frozen=True)
@@ -233,10 +243,13 @@ class LearningRate:
     total: int
     start: float = 0.0
     schedule: str = "cosine"
+    cooldown: int = 0
 
     def at(self, step: int) -> float:
-        shape = SCHEDULES[self.schedule]
-        return shape(step, self.total, self.warmup, self.peak, self.start, self.end)
+        arguments = (step, self.total, self.warmup, self.peak, self.start, self.end)
+        if self.schedule == "rsqrt":
+            return warmup_rsqrt(*arguments, self.cooldown)
+        return SCHEDULES[self.schedule](*arguments)
 
 
 def learning_rate(how: Optimization, trainer: Trainer) -> LearningRate:
@@ -266,7 +279,8 @@ def learning_rate(how: Optimization, trainer: Trainer) -> LearningRate:
     scale = 1.0 if how.reference_batch is None else global_batch(trainer) / how.reference_batch
     peak = how.base_lr * scale
     warmup = min(warmup, total)
-    return LearningRate(peak, how.min_lr, warmup, total, how.warmup_lr, how.schedule)
+    cooldown = min(how.cooldown_steps, total)
+    return LearningRate(peak, how.min_lr, warmup, total, how.warmup_lr, how.schedule, cooldown)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

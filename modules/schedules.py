@@ -18,11 +18,8 @@ def warmup_cosine(
     Raises:
         ValueError: a warm-up that is negative or longer than the run.
     """
-    check_fits(total, warmup)
-    if step < warmup:
-        return start + (peak - start) * step / warmup
-    if step >= total:
-        return end
+    if (value := outside(step, total, warmup, peak, start, end)) is not None:
+        return value
     return end + 0.5 * (peak - end) * (1.0 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
@@ -36,17 +33,51 @@ def warmup_linear(
     Raises:
         ValueError: a warm-up that is negative or longer than the run.
     """
-    check_fits(total, warmup)
-    if step < warmup:
-        return start + (peak - start) * step / warmup
-    if step >= total:
-        return end
+    if (value := outside(step, total, warmup, peak, start, end)) is not None:
+        return value
     return peak + (end - peak) * (step - warmup) / (total - warmup)
 
 
-def check_fits(total: int, warmup: int) -> None:
-    if not 0 <= warmup <= total:
+def warmup_rsqrt(
+    step: int,
+    total: int,
+    warmup: int,
+    peak: float,
+    start: float = 0.0,
+    end: float = 0.0,
+    cooldown: int = 0,
+    timescale: int = 10_000,
+) -> float:
+    """Linear to `peak`, then peak / sqrt(1 + (step - warmup) / timescale), at last linear to `end`.
+
+    The reciprocal square root of "Scaling Vision Transformers" (Zhai et al. 2021) and NaViT, with
+    big_vision's time scale: where it stands does not depend on how long the run is, but for the
+    `cooldown`, its last steps.
+
+    Raises:
+        ValueError: a warm-up or a cooldown that is negative or longer than the run.
+    """
+    check_fits(total, cooldown, "cooldown")
+    if (value := outside(step, total, warmup, peak, start, end)) is not None:
+        return value
+    value = max(end, peak / math.sqrt(1.0 + (step - warmup) / timescale))
+    left = min(1.0, (total - step) / cooldown) if cooldown else 1.0
+    return end + (value - end) * left
+
+
+def outside(
+    step: int, total: int, warmup: int, peak: float, start: float, end: float
+) -> float | None:
+    """The value before the end of the warm-up and after that of the run, None in between."""
+    check_fits(total, warmup, "warm-up")
+    if step < warmup:
+        return start + (peak - start) * step / warmup
+    return end if step >= total else None
+
+
+def check_fits(total: int, length: int, what: str) -> None:
+    if not 0 <= length <= total:
         raise ValueError(
-            f"a warm-up of {warmup} steps does not fit a run of {total} steps; "
-            f"shorten the warm-up or train longer"
+            f"a {what} of {length} steps does not fit a run of {total} steps; shorten it or "
+            f"train longer"
         )

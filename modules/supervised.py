@@ -28,7 +28,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from callbacks.ema import EMA, Average
-from datamodules.batch import ImageBatch
+from datamodules.batch import ImageBatch, Images, PackedBatch
+from datamodules.module import Needs, SourceDataModule
+from datamodules.packed import PackedDataModule
 from modules import optim
 from modules.backbones import Backbone
 from modules.distillation import Distillation, Teacher, distill
@@ -64,16 +66,14 @@ class Classifier(nn.Module):
             else:
                 nn.init.trunc_normal_(head.weight, std=0.02)
 
-    def heads(
-        self, images: Float[Tensor, "b c height width"]
-    ) -> tuple[Float[Tensor, "b k"], Float[Tensor, "b k"] | None]:
+    def heads(self, images: Images) -> tuple[Float[Tensor, "b k"], Float[Tensor, "b k"] | None]:
         """The logits of the head and, where there is one, of the distillation token's."""
         features = self.backbone(images)
         if self.head_dist is None:
             return self.head(features.pooled), None
         return self.head(features.pooled), self.head_dist(features.dist)
 
-    def forward(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b k"]:
+    def forward(self, images: Images) -> Float[Tensor, "b k"]:
         logits, dist = self.heads(images)
         return logits if dist is None else (logits + dist) / 2
 
@@ -192,8 +192,14 @@ class Supervised(LightningModule):
                 f"or 16-mixed, which keep the weights in float32"
             )
         backbone = self.classifier.backbone
-        settle_image_size(data, backbone)
+        if isinstance(data, SourceDataModule):
+            data.fit_to(needs_of(backbone))
         if stage == "fit" and self.distillation is not None:
+            if isinstance(data, PackedDataModule) or backbone.image_size is None:
+                raise ValueError(
+                    "a distillation teacher takes images of one size; train on ImageDataModule "
+                    "with a backbone made for its size, or set model.init_args.distillation to null"
+                )
             self.teacher = Teacher(
                 self.distillation, self.num_classes, backbone.in_channels, backbone.image_size
             )
@@ -223,29 +229,29 @@ class Supervised(LightningModule):
             self.averaged.eval()
         return self
 
-    def forward(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b k"]:
+    def forward(self, images: Images) -> Float[Tensor, "b k"]:
         logits: Tensor = self.classifier(images)
         return logits
 
-    def training_step(self, batch: ImageBatch, batch_idx: int) -> Float[Tensor, ""]:
+    def training_step(self, batch: ImageBatch | PackedBatch, batch_idx: int) -> Float[Tensor, ""]:
         targets = soft_targets(batch, self.num_classes, self.label_smoothing)
         if self.teacher is None or self.distillation is None:
             losses = loss_per_image(self.loss, self(batch.images), targets)
         else:
             logits, dist = self.classifier.heads(batch.images)
-            assert dist is not None
+            assert dist is not None and isinstance(batch.images, Tensor)  # `setup` saw to it
             base = loss_per_image(self.loss, logits, targets)
             losses = distill(self.distillation, base, dist, self.teacher(batch.images))
-        loss = losses.mean()
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.labels), sync_dist=True)
+        loss = batch.mean(losses)
+        self.log("train/loss", loss, prog_bar=True, batch_size=batch.num_images, sync_dist=True)
         return loss
 
-    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: ImageBatch | PackedBatch, batch_idx: int) -> None:
         self.count(self.tally, self.classifier, batch)
         if self.averaged is not None:
             self.count(self.averaged_tally, self.averaged, batch)
 
-    def count(self, tally: Tally, network: nn.Module, batch: ImageBatch) -> None:
+    def count(self, tally: Tally, network: nn.Module, batch: ImageBatch | PackedBatch) -> None:
         """Add a batch's loss and correct answers, over its valid images, to a tally."""
         logits = network(batch.images).float()
         targets = F.one_hot(batch.labels, self.num_classes).float()
@@ -304,22 +310,7 @@ class Supervised(LightningModule):
         return [EMA()] if self.averaged is not None else []
 
 
-def settle_image_size(data: Any, backbone: Backbone) -> None:
-    """Give data without an image size the backbone's, and refuse another one.
-
-    The backbone would take it, and resample its positions at every step.
-    """
-    if not hasattr(data, "image_size"):
-        return
-    made_for = tuple(backbone.image_size)
-    if data.image_size is None:
-        data.image_size = made_for
-    elif data.image_size != made_for:
-        height, width = data.image_size
-        raise ValueError(
-            f"data.init_args.image_size is {height}x{width}, but the backbone is made for "
-            f"{made_for[0]}x{made_for[1]}; to train at {height}x{width} set "
-            f"model.init_args.backbone.init_args.image_size to "
-            f"{height if height == width else [height, width]} (weights made for another size "
-            f"are resampled to it)"
-        )
+def needs_of(backbone: Backbone) -> Needs:
+    """What a data module has to know of a backbone."""
+    size, prefix = backbone.image_size, backbone.num_prefix_tokens
+    return Needs(backbone.patch_size, prefix, size, backbone.max_grid)

@@ -366,7 +366,7 @@ def test_wrong_options_are_refused(arguments: dict, says: str) -> None:
     ("field", "value", "says"),
     [
         ("name", "adam", "'adam' is not known; expected adamw, sgd, lamb, lars"),
-        ("schedule", "step", "schedule is 'step'; expected cosine or linear"),
+        ("schedule", "step", "schedule is 'step'; expected cosine, linear, rsqrt"),
     ],
 )
 def test_unknown_choices_are_refused(field: str, value: str, says: str) -> None:

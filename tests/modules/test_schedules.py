@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from modules.schedules import warmup_cosine, warmup_linear
+from modules.schedules import warmup_cosine, warmup_linear, warmup_rsqrt
 
 
 def test_mae_values_at_fractional_epochs() -> None:
@@ -39,7 +39,24 @@ def test_linear_falls_by_equal_steps() -> None:
     assert values[100:] == [0.01] * 21
 
 
-@pytest.mark.parametrize("schedule", [warmup_cosine, warmup_linear])
+def test_rsqrt_does_not_know_the_end_before_its_cooldown() -> None:
+    values = [warmup_rsqrt(s, 50_000, 100, 1.0, end=0.01, cooldown=10_000) for s in range(50_001)]
+    longer = [warmup_rsqrt(s, 90_000, 100, 1.0, end=0.01, cooldown=10_000) for s in range(40_001)]
+    assert values[:40_001] == longer
+    assert values[50] == pytest.approx(0.5)
+    assert values[100] == 1.0
+    assert values[10_100] == pytest.approx(0.5**0.5)
+    assert values[30_100] == pytest.approx(0.5)
+    falls = [a - b for a, b in itertools.pairwise(values)]
+    assert all(fall > 0 for fall in falls[100:])
+    assert abs(values[40_001] - values[40_000]) < 1e-3  # the parts join
+    assert values[45_000] == pytest.approx(0.01 + 0.5 * ((1 + 4.49) ** -0.5 - 0.01))
+    assert values[50_000] == 0.01
+    with pytest.raises(ValueError, match="cooldown of 11 steps does not fit a run of 10"):
+        warmup_rsqrt(0, 10, 0, 1.0, cooldown=11)
+
+
+@pytest.mark.parametrize("schedule", [warmup_cosine, warmup_linear, warmup_rsqrt])
 def test_edges(schedule: Callable[..., float]) -> None:
     assert schedule(0, 10, 0, 3.0) == 3.0
     assert schedule(10, 10, 10, 3.0) == 0.0

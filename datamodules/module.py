@@ -1,0 +1,196 @@
+"""What data modules over a source share: opening it, its loaders, its unreadable images."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from datamodules.batch import ImageBatch, PackedBatch
+from datamodules.geometry import Augment, make_rand_augment
+from datamodules.sampling import run_seed
+from datamodules.sources import Source, Split, open_source
+from datamodules.unreadable import Unreadable
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+Batch = TypeVar("Batch", ImageBatch, PackedBatch)
+
+
+class Needs(NamedTuple):
+    """What a backbone takes.
+
+    patch_size:        pixels along a side of a patch
+    num_prefix_tokens: tokens of every image before its patches
+    image_size:        (height, width) it is made for, None for any
+    max_grid:          most patches along a side of a packed image, None for any number
+    """
+
+    patch_size: int
+    num_prefix_tokens: int
+    image_size: tuple[int, int] | None
+    max_grid: int | None
+
+
+def limited(length: int, limit: float) -> int:
+    """Batches of an epoch that the trainer takes: `limit` is a number of them or a share."""
+    return max(1, min(length, limit) if isinstance(limit, int) else int(length * limit))
+
+
+class SourceDataModule(LightningDataModule):
+    """Batches of images from a source of `datamodules.sources`.
+
+    A method's `setup` calls `fit_to` with what its backbone takes.
+
+    Args:
+        source, root, source_args: what `open_source` takes.
+        channels: of the images.
+        num_workers: processes that decode and crop.
+        mean, std: a number a channel.
+        max_bad: the run stops when more than this share of a split is unreadable.
+        eval_side: side of images in evaluation, where it is set.
+
+    Attributes:
+        needs: what the backbone takes, once `fit_to` was called.
+        eval_tokens: mean tokens of an image in evaluation, once its loader was made.
+
+    Raises:
+        ValueError: means that do not match the channels, a share outside [0, 1].
+    """
+
+    def __init__(
+        self,
+        source: str,
+        root: str | None,
+        source_args: dict[str, Any] | None,
+        channels: int,
+        num_workers: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        max_bad: float,
+        eval_side: int | None,
+    ) -> None:
+        super().__init__()
+        self.source, self.root, self.source_args = source, root, dict(source_args or {})
+        self.channels, self.num_workers = channels, num_workers
+        self.mean, self.std, self.max_bad = mean, std, max_bad
+        if len(mean) != channels or len(std) != channels:
+            raise ValueError(
+                f"mean {mean} and std {std} need one number for each of the {channels} channel(s)"
+            )
+        self.check_shares("max_bad")
+        if eval_side is not None and eval_side < 1:
+            raise ValueError(f"eval_side is {eval_side}; expected at least 1")
+        self.eval_side = eval_side
+        self.needs: Needs | None = None
+        self.eval_tokens = math.nan
+        self.order: dict[str, int] = {}
+        self.unreadable: dict[Split, Unreadable] = {"train": Unreadable(), "val": Unreadable()}
+
+    def fit_to(self, needs: Needs) -> None:
+        """Learn what the backbone takes; before the loaders are made."""
+        self.needs = needs
+
+    def check_shares(self, *names: str) -> None:
+        for name in names:
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected within [0, 1]")
+
+    def make_rand_augment(self, recipe: str | None) -> Augment | None:
+        if recipe is None:
+            return None
+        if self.channels != 3:
+            raise ValueError(f"rand_augment needs 3 channels, but channels is {self.channels}")
+        return make_rand_augment(recipe, tuple(round(255 * m) for m in self.mean))
+
+    def open(self, split: Split) -> Source:
+        return open_source(
+            self.source, split, self.root, channels=self.channels, **self.source_args
+        )
+
+    def prepare_data(self) -> None:
+        """On one process: download, and write the index of a folder for the others to map."""
+        self.open("train")
+        self.open("val")
+
+    def setup(self, stage: str) -> None:
+        trainer = self.trainer
+        if (
+            trainer is not None
+            and trainer.world_size > 1
+            and trainer._accelerator_connector.use_distributed_sampler
+        ):
+            raise ValueError(
+                "the data module places samples on ranks itself; set "
+                "trainer.use_distributed_sampler to false"
+            )
+        self.seed = run_seed()
+        # All ranks have to ask for it together, so not when one of them meets a bad image.
+        self.log_dir = None if trainer is None else trainer.log_dir
+        self.train_source, self.val_source = self.open("train"), self.open("val")
+        self.class_names = tuple(self.train_source.class_names)
+
+    def place(self) -> tuple[int, int]:
+        """Rank and number of ranks."""
+        trainer = self.trainer
+        return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+
+    def progress(self) -> tuple[int, float]:
+        """Training batches that this rank has taken, and `limit_train_batches`."""
+        if self.trainer is None:
+            return 0, 1.0
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        return done, self.trainer.limit_train_batches or 1.0
+
+    def check_resumed(self, order: dict[str, int]) -> None:
+        """A run goes on where its batch counter stands, which has to count the same batches."""
+        for name, now in order.items():
+            before = self.order.get(name, now)
+            if before != now:
+                raise ValueError(
+                    f"{name}: {before} in the run that is resumed, now {now}, so its place in the "
+                    f"data is lost; resume it as it was, or start a new run"
+                )
+        self.order = order
+
+    def loader(
+        self,
+        dataset: Dataset[Any],
+        sampler: Sampler[Any],
+        collate: Callable[[Any], Batch],
+    ) -> DataLoader[Batch]:
+        return DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Note unreadable images while the flags are still on the CPU."""
+        if not bool(batch.is_replaced.any()):
+            return batch
+        assert self.trainer is not None
+        training = self.trainer.training
+        source = self.train_source if training else self.val_source
+        self.unreadable["train" if training else "val"].add(
+            [source.describe(i) for i in batch.indices[batch.is_replaced].tolist()],
+            limit=self.max_bad * len(source),
+            directory=self.log_dir,
+            rank=self.trainer.global_rank,
+        )
+        # What replaces an image is fine to train on, but must not count in an evaluation.
+        return batch if training else batch._replace(is_valid=batch.is_valid & ~batch.is_replaced)
+
+    def state_dict(self) -> dict[str, Any]:
+        names = {str(split): unreadable.names for split, unreadable in self.unreadable.items()}
+        return {"order": self.order, **names}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.order = dict(state_dict.get("order", {}))
+        for split, unreadable in self.unreadable.items():
+            unreadable.names = list(state_dict[split])

@@ -1,0 +1,352 @@
+"""Labelled images of any size in packs: planned from their sizes, cut in workers, static shapes."""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Int, UInt8
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from datamodules.augment import normalize
+from datamodules.batch import PackedBatch, PackedImages
+from datamodules.geometry import Augment, Box, Interpolation, crop_and_resize, draws
+from datamodules.module import IMAGENET_MEAN, IMAGENET_STD, Needs, SourceDataModule, limited
+from datamodules.packing import (
+    Layout,
+    Pass,
+    Resolution,
+    TokenDrop,
+    plan,
+    plan_evaluation,
+    tokens_of,
+)
+from datamodules.rows import PackedBatches, PackedEvalBatches, Request, Row
+from datamodules.sizes import measure
+from datamodules.sources import Source
+from datamodules.unreadable import read_example
+
+
+@dataclass(frozen=True)
+class Cut:
+    """An image to patches: an aspect-keeping random crop, a flip, resizing, RandAugment."""
+
+    patch_size: int
+    interpolation: Interpolation
+    crop_scale: tuple[float, float] = (1.0, 1.0)
+    flip: float = 0.0
+    augment: Augment | None = None
+
+    def __call__(
+        self, image: np.ndarray, request: Request
+    ) -> tuple[UInt8[Tensor, "kept e"], Int[Tensor, "kept 2"]]:
+        """Patches [kept, c * patch * patch] and their rows and columns, in reading order."""
+        rng, side = draws(request.key), self.patch_size
+        height, width = image.shape[:2]
+        scale = rng.uniform(*self.crop_scale) ** 0.5
+        h, w = max(1, round(height * scale)), max(1, round(width * scale))
+        top, left = int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1))
+        rows, columns = request.grid
+        size = (rows * side, columns * side)
+        pixels = crop_and_resize(image, Box(top, left, h, w), size, self.interpolation)
+        if rng.random() < self.flip:
+            pixels = pixels.flip(-1)
+        if self.augment is not None:
+            array = self.augment(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()), request.key)
+            pixels = torch.from_numpy(array.copy()).permute(2, 0, 1)
+        patches = pixels.reshape(-1, rows, side, columns, side).permute(1, 3, 0, 2, 4)
+        patches = patches.reshape(rows * columns, -1)
+        chosen = torch.arange(rows * columns)
+        if request.kept < len(chosen):
+            chosen = torch.from_numpy(np.sort(rng.permutation(len(chosen))[: request.kept]))
+        places = torch.stack((chosen // columns, chosen % columns), dim=1)
+        return patches[chosen], places
+
+
+class PackedDataset(Dataset[PackedBatch]):
+    """Turns a `Row` into a `PackedBatch` of one row."""
+
+    def __init__(self, source: Source, cut: Cut, layout: Layout) -> None:
+        self.source, self.cut, self.layout = source, cut, layout
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, row: Row) -> PackedBatch:
+        layout, slots = self.layout, self.layout.slots
+        width = self.source.channels * layout.patch_size**2
+        patches = torch.zeros(1, layout.row_length, width, dtype=torch.uint8)
+        positions = torch.full((1, layout.row_length, 2), -1)
+        segments = torch.full((1, layout.row_length), -1)
+        grids = torch.ones(slots, 2, dtype=torch.int64)
+        lengths = torch.zeros(slots, dtype=torch.int64)
+        labels, indices = torch.zeros(slots, dtype=torch.int64), torch.full((slots,), -1)
+        keys, is_replaced = torch.zeros(slots, dtype=torch.int64), torch.zeros(slots).bool()
+        end = 0
+        for slot, request in enumerate(row.requests):
+            example, is_replaced[slot] = read_example(self.source, request.item)
+            start = end + layout.num_prefix
+            end = start + request.kept
+            patches[0, start:end], positions[0, start:end] = self.cut(example.image, request)
+            positions[0, start - layout.num_prefix : start, 1] = torch.arange(layout.num_prefix)
+            segments[0, start - layout.num_prefix : end] = slot
+            grids[slot] = torch.tensor(request.grid)
+            lengths[slot] = layout.num_prefix + request.kept
+            labels[slot], indices[slot], keys[slot] = example.label, request.item, request.key
+        ends = torch.cat((lengths.cumsum(0), torch.tensor([layout.row_length])))
+        images = PackedImages(patches, positions, segments, grids, ends, layout.num_prefix)
+        is_valid = torch.arange(slots) < len(row.requests)
+        divisor = torch.tensor(row.divisor, dtype=torch.float32)
+        count = len(row.requests)
+        return PackedBatch(
+            images, labels, indices, keys, is_valid, is_replaced, divisor, count, end
+        )
+
+
+def collate(rows: Sequence[PackedBatch]) -> PackedBatch:
+    """Put rows below each other."""
+    images = [row.images for row in rows]
+    length = images[0].segments.shape[1]
+    ends = [image.offsets + i * length for i, image in enumerate(images)]
+    packed = PackedImages(
+        patches=torch.cat([image.patches for image in images]),
+        positions=torch.cat([image.positions for image in images]),
+        segments=torch.cat([image.segments for image in images]),
+        grids=torch.cat([image.grids for image in images]),
+        offsets=torch.cat((torch.zeros(1, dtype=torch.int64), *ends)).int(),
+        num_prefix=images[0].num_prefix,
+    )
+    columns = zip(*(row[1:6] for row in rows), strict=True)
+    labels, indices, keys, is_valid, is_replaced = (torch.cat(column) for column in columns)
+    return PackedBatch(
+        *(packed, labels, indices, keys, is_valid, is_replaced, rows[0].divisor),
+        num_images=sum(row.num_images for row in rows),
+        num_tokens=sum(row.num_tokens for row in rows),
+    )
+
+
+class PackedDataModule(SourceDataModule):
+    """Packs of labelled images in their own aspect, at many resolutions, without padding.
+
+    Patch size and prefix tokens are the backbone's. Every batch of a run has the same shapes.
+    An image's side is the square root of its area in pixels.
+
+    Args:
+        source: "digits" or "shapes" (embedded), "folder", or "torchvision:NAME".
+        root: directory (or list file) of the source; the embedded ones have none.
+        source_args: further arguments of the source.
+        channels: 1 or 3 channels of the images.
+        num_rows: rows of tokens in a batch of one device.
+        row_length: tokens in a row, which is what an image may have at most.
+        max_images: images that a row has room for; null for three times as many as fill it on
+            average.
+        buffer: images that wait to be packed; more of them fill rows better.
+        resolution: how large images are in training.
+        drop: which share of its patches an image loses in training.
+        eval_side: side of all images in evaluation; null for their own within the range of
+            `resolution`.
+        num_workers: processes that decode and cut; 0 does it in the training process. It changes
+            nothing but speed.
+        crop_scale: area share of a random training crop, which keeps the image's aspect.
+        flip: probability of a horizontal flip.
+        interpolation: "bicubic" or "bilinear", antialiased.
+        mean: what is subtracted from images in [0, 1], a number a channel.
+        std: what they are then divided by.
+        rand_augment: timm's recipe, such as "rand-m9-mstd0.5-inc1", or null.
+        max_bad: the run stops when more than this share of a split is unreadable.
+
+    Raises:
+        ValueError: values out of range, an empty source, means that do not match the channels.
+    """
+
+    train_layout: Layout
+    train_sizes: np.ndarray
+
+    def __init__(
+        self,
+        source: str = "shapes",
+        root: str | None = None,
+        source_args: dict[str, Any] | None = None,
+        channels: Literal[1, 3] = 3,
+        num_rows: int = 4,
+        row_length: int = 1024,
+        max_images: int | None = None,
+        buffer: int = 256,
+        resolution: Resolution = Resolution(),  # noqa: B008 - frozen
+        drop: TokenDrop = TokenDrop(),  # noqa: B008 - frozen
+        eval_side: int | None = None,
+        num_workers: int = 2,
+        crop_scale: tuple[float, float] = (1.0, 1.0),
+        flip: float = 0.5,
+        interpolation: Interpolation = "bicubic",
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+        rand_augment: str | None = None,
+        max_bad: float = 0.01,
+    ) -> None:
+        super().__init__(
+            *(source, root, source_args, channels, num_workers, mean, std, max_bad, eval_side)
+        )
+        self.num_rows, self.row_length, self.max_images = num_rows, row_length, max_images
+        self.buffer, self.resolution, self.drop = buffer, resolution, drop
+        self.crop_scale, self.flip = crop_scale, flip
+        self.interpolation = interpolation
+        for name in ("num_rows", "row_length", "max_images", "buffer"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; expected at least 1")
+        self.check_shares("flip")
+        if not 0.0 < crop_scale[0] <= crop_scale[1] <= 1.0:
+            raise ValueError(f"crop_scale is {crop_scale}; expected 0 < low <= high <= 1")
+        self.rand_augment = self.make_rand_augment(rand_augment)
+        self.starts: list[int] = [0]
+
+    def prepare_data(self) -> None:
+        """On one process: download, index, and measure images for the others to know."""
+        if self.trainer is None or self.trainer.state.fn == "fit":
+            measure(self.open("train"))
+        measure(self.open("val"))
+
+    def fit_to(self, needs: Needs) -> None:
+        """Take the backbone's patch size and prefix tokens.
+
+        Raises:
+            ValueError: rows that are too short for one patch.
+        """
+        super().fit_to(needs)
+        if self.row_length <= needs.num_prefix_tokens:
+            raise ValueError(
+                f"data.init_args.row_length is {self.row_length}, but an image takes "
+                f"{needs.num_prefix_tokens} tokens before its first patch"
+            )
+
+    def eval_resolution(self) -> Resolution:
+        side = self.eval_side
+        if side is not None:
+            return Resolution("native", side, side)
+        return Resolution("native", self.resolution.min_side, self.resolution.max_side)
+
+    def layout_for(self, sizes: np.ndarray, resolution: Resolution, drop: TokenDrop) -> Layout:
+        """The shape of batches, with room for three times the images of a mean row."""
+        if self.needs is None:
+            raise ValueError("no method said what its backbone takes (`fit_to`)")
+        needs, slots = self.needs, self.max_images or 1
+        layout = Layout(
+            *(self.num_rows, self.row_length, slots, needs.patch_size, needs.num_prefix_tokens),
+            needs.max_grid,
+        )
+        if self.max_images is None:
+            _, kept = tokens_of(sizes, np.arange(len(sizes)), layout, resolution, drop, 0.0)
+            most = self.row_length / (kept.mean() + layout.num_prefix)
+            least = self.row_length // int(kept.min() + layout.num_prefix)
+            layout = layout._replace(slots=max(1, min(least, round(3 * most))))
+        return layout
+
+    def plan_pass(self, number: int, progress: float | None = None) -> Pass:
+        """Pass `number` over the training images, in whole optimizer steps of all devices."""
+        return plan(
+            *(self.train_sizes, self.seed, number, self.train_layout, self.resolution, self.drop),
+            progress=self.drop_progress(number) if progress is None else progress,
+            buffer=self.buffer,
+            multiple=self.num_rows * self.place()[1] * self.accumulate(),
+        )
+
+    def drop_progress(self, number: int) -> float:
+        """How much of the training lies behind at the begin of a pass, 0 to 1."""
+        if self.drop.last == 1.0:
+            return 0.0
+        passes = None if self.trainer is None else self.trainer.max_epochs
+        if not passes or passes < 1:
+            raise ValueError(
+                f"drop.last is {self.drop.last}, and only trainer.max_epochs says when the last "
+                f"pass is; set it"
+            )
+        return min(1.0, number / max(1, passes - 1))
+
+    def accumulate(self) -> int:
+        return 1 if self.trainer is None else int(self.trainer.accumulate_grad_batches)
+
+    def train_dataloader(self) -> DataLoader[PackedBatch]:
+        """The loader of this rank, going on where the trainer's batch counter stands."""
+        self.train_sizes = measure(self.train_source)
+        self.train_layout = self.layout_for(self.train_sizes, self.resolution, self.drop)
+        rank, world_size = self.place()
+        batches_done, limit = self.progress()
+        first = self.plan_pass(0)
+        length = len(first.rows) // (self.num_rows * world_size)
+        self.warn_of_padding(first)
+        if self.drop.last != 1.0:  # passes grow longer: an epoch is as long as they are on average
+            last = self.plan_pass(0, 1.0)
+            steps = (len(first.rows) + len(last.rows)) / 2 / len(first.rows) * length
+            length = max(1, round(steps / self.accumulate())) * self.accumulate()
+        per_epoch = limited(length, limit)
+        self.check_resumed(
+            {
+                "images": len(self.train_source),
+                "rows in a global batch": self.num_rows * world_size,
+                "batches in an optimizer step": self.accumulate(),
+                "batches in an epoch": per_epoch,
+                "checksum of sizes and packing": checksum(first),
+            }
+        )
+        sampler = PackedBatches(
+            *(self.plan_pass, self.starts, self.num_rows, rank, world_size, self.accumulate()),
+            *(length, batches_done, per_epoch, len(self.train_source) / (length * world_size)),
+        )
+        sampler.planned = (0, first)
+        cut = Cut(
+            *(self.train_layout.patch_size, self.interpolation, self.crop_scale, self.flip),
+            self.rand_augment,
+        )
+        return self.loader(
+            PackedDataset(self.train_source, cut, self.train_layout), sampler, collate
+        )
+
+    def warn_of_padding(self, planned: Pass) -> None:
+        layout = self.train_layout
+        tokens = planned.kept.sum() + len(planned.kept) * layout.num_prefix
+        padding = 1.0 - tokens / (len(planned.rows) * layout.row_length)
+        steps = len(planned.rows) / (self.num_rows * self.place()[1] * self.accumulate())
+        if padding > 0.1 and steps > 5:  # the last step of few images is bound to be padded
+            full = sum(len(row) == layout.slots for row in planned.rows) > len(planned.rows) / 2
+            fix = "raise data.init_args.max_images" if full else "another data.init_args.row_length"
+            rank_zero_warn(f"{100 * padding:.0f} % of all tokens are padding; {fix} wastes less")
+
+    def val_dataloader(self) -> DataLoader[PackedBatch]:
+        sizes, resolution = measure(self.val_source), self.eval_resolution()
+        layout = self.layout_for(sizes, resolution, TokenDrop())
+        planned = plan_evaluation(sizes, layout, resolution, self.buffer)
+        self.eval_tokens = float(planned.kept.mean()) + layout.num_prefix
+        sampler = PackedEvalBatches(planned, self.num_rows, *self.place())
+        cut = Cut(layout.patch_size, self.interpolation)
+        return self.loader(PackedDataset(self.val_source, cut, layout), sampler, collate)
+
+    def on_after_batch_transfer(self, batch: PackedBatch, dataloader_idx: int) -> PackedBatch:
+        """Normalise, on the device."""
+        assert self.needs is not None
+        patches = batch.images.patches
+        shape = (-1, self.channels, self.needs.patch_size, self.needs.patch_size)
+        normal = normalize(patches.reshape(shape), self.mean, self.std).reshape(patches.shape)
+        return batch._replace(images=batch.images._replace(patches=normal))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "starts": list(self.starts)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.starts = list(state_dict["starts"])
+
+
+def checksum(planned: Pass) -> int:
+    """What changes when the images, their sizes, or how they are packed do."""
+    numbers = [len(row) for row in planned.rows]
+    order = [image for row in planned.rows for image in row]
+    parts = (planned.keys, planned.grids, planned.kept, np.array(numbers), np.array(order))
+    total = 0
+    for part in parts:
+        total = zlib.crc32(np.ascontiguousarray(part).tobytes(), total)
+    return total
