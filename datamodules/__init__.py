@@ -2,7 +2,7 @@
 
     images.py   ImageDataModule   labelled images of any source, cropped and augmented
 
-and what they are made of: `sources`, `sampling`, `geometry`, `photometric`, `augment`,
+and what they are made of: `sources`, `sizes`, `sampling`, `geometry`, `photometric`, `augment`,
 `batch`.
 """
 

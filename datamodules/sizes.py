@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +16,9 @@ from datamodules.index import Index
 from datamodules.sources import BadImageError, Source
 
 CHUNK = 64  # images a thread reads before it reports
+SLOW = 0.0005  # seconds a file takes, from which on threads help
 PATIENCE = 1.0  # seconds until a bar is shown
+Sizes = list[tuple[int, int]]
 
 
 def measure(source: Source, threads: int = 8, retry: bool = False) -> np.ndarray:
@@ -32,8 +34,8 @@ def measure(source: Source, threads: int = 8, retry: bool = False) -> np.ndarray
     made of these sizes has to bear an image of another size. Other sources are measured each time.
 
     Args:
-        threads: how many read the headers of a folder at once, which hides the delay of a
-            network disk.
+        threads: how many read the headers of a folder at once where each takes long, which hides
+            the delay of a network disk.
         retry: read again what could not be read before, as it may have been repaired. For one
             process only, before the others ask: they must not come to different answers.
     """
@@ -83,7 +85,7 @@ def read_sizes(
 ) -> np.ndarray:
     """int32 [rows, 2] of what `size` says of each row; (0, 0) where it raises `BadImageError`."""
 
-    def read(chunk: np.ndarray) -> list[tuple[int, int]]:
+    def read(chunk: np.ndarray) -> Sizes:
         return [size_or_none(size, row) for row in chunk.tolist()]
 
     sizes, done = np.zeros((len(rows), 2), np.int32), 0
@@ -93,19 +95,37 @@ def read_sizes(
     progress = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
     task = progress.add_task("", total=len(rows))
     started = time.monotonic()
-    pool = ThreadPoolExecutor(threads)
+    pool = ThreadPoolExecutor(threads) if threads > 1 else None
     try:
-        for found in pool.map(read, chunks) if threads > 1 else map(read, chunks):
+        for found in in_order(read, chunks, pool):
             sizes[done : done + len(found)] = found
             done += len(found)
             progress.update(task, completed=done)
             if time.monotonic() - started > PATIENCE and not progress.live.is_started:
                 progress.start()
     finally:
-        pool.shutdown(cancel_futures=True)  # an interrupt does not wait for a million images
+        if pool is not None:  # an interrupt does not wait for a million images
+            pool.shutdown(cancel_futures=True)
         if progress.live.is_started:
             progress.stop()
     return sizes
+
+
+def in_order(
+    read: Callable[[np.ndarray], Sizes], chunks: list[np.ndarray], pool: ThreadPoolExecutor | None
+) -> Iterator[Sizes]:
+    """`read` of every chunk; in threads from where one proves slow.
+
+    On a local disk threads only wait for each other: reading a header is mostly Python.
+    """
+    for number, chunk in enumerate(chunks, start=1):
+        started = time.monotonic()
+        sizes = read(chunk)
+        is_slow = time.monotonic() - started > SLOW * len(chunk)
+        yield sizes
+        if pool is not None and is_slow:
+            yield from pool.map(read, chunks[number:])
+            return
 
 
 def size_or_none(size: Callable[[int], tuple[int, int]], row: int) -> tuple[int, int]:
