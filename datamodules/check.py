@@ -83,7 +83,7 @@ class Everything:
         return len(self.index)
 
     def describe(self, index: int) -> str:
-        return str(self.index.root / self.index.relative(index))
+        return str(self.index.path(index))
 
 
 Folders = dict[str, Folder | Everything]
@@ -157,6 +157,14 @@ def describe_sizes(sizes: list[tuple[int, int]]) -> str:
     )
 
 
+def describe_aspects(sizes: list[tuple[int, int]]) -> str:
+    if not sizes:
+        return "-"
+    heights, widths = np.array(sizes).T
+    aspects = widths / heights
+    return f"{aspects.min():.2f} to {aspects.max():.2f}, median {np.median(aspects):.2f}"
+
+
 def describe_classes(report: SplitReport) -> str:
     if not report.class_names:
         return "no labels"
@@ -173,6 +181,7 @@ def show(reports: dict[str, SplitReport], console: Console) -> None:
         "images": [f"{sum(r.labels.values()):,}" for r in reports.values()],
         "classes": [describe_classes(r) for r in reports.values()],
         "width x height": [describe_sizes(r.sizes) for r in reports.values()],
+        "width / height": [describe_aspects(r.sizes) for r in reports.values()],
         "stored as": [
             ", ".join(f"{mode} {count:,}" for mode, count in r.modes.most_common())
             for r in reports.values()

@@ -3,15 +3,39 @@
 import itertools
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 
 from datamodules.index import Index, open_index
-from datamodules.sources import BadImageError, Example, Split, to_array, with_channels
+from datamodules.sources import (
+    BadImageError,
+    Example,
+    Split,
+    refuse_floats,
+    to_array,
+    with_channels,
+)
 
 HELD_OUT = ("val", "validation", "valid", "test")
+
+
+@contextmanager
+def opening(path: Path) -> Iterator[Image.Image]:
+    """An image file; whatever is wrong with it within the block becomes `BadImageError`."""
+    try:
+        with Image.open(path) as opened:
+            yield opened
+    except Image.DecompressionBombError as error:
+        raise BadImageError(str(path), f"too large to be decoded safely: {error}") from error
+    except (OSError, SyntaxError, ValueError, struct.error, EOFError) as error:
+        raise BadImageError(str(path), str(error) or type(error).__name__) from error
 
 
 def decode(path: Path, channels: int) -> np.ndarray:
@@ -23,15 +47,50 @@ def decode(path: Path, channels: int) -> np.ndarray:
     Raises:
         BadImageError: missing, truncated, absurdly large, or no image.
     """
-    try:
-        with Image.open(path) as opened:
+    with opening(path) as opened:
+        opened.load()
+        image = ImageOps.exif_transpose(opened)
+        return with_channels(to_array(image), channels)
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """(height, width) in pixels of what `decode` gives, from the header of the file.
+
+    Raises:
+        BadImageError: missing, absurdly large, or no image. That the pixels after a sound header
+            are damaged shows only when they are decoded.
+    """
+    with opening(path) as opened:
+        refuse_floats(opened)
+        width, height = opened.size
+        if isinstance(opened, TiffImageFile):  # Pillow's size may be turned already
+            width, height = opened.tag_v2[IMAGEWIDTH], opened.tag_v2[IMAGELENGTH]
+        if isinstance(opened, PngImageFile) and opened.fp and has_late_exif(opened.fp):
             opened.load()
-            image = ImageOps.exif_transpose(opened)
-            return with_channels(to_array(image), channels)
-    except Image.DecompressionBombError as error:
-        raise BadImageError(str(path), f"too large to be decoded safely: {error}") from error
-    except (OSError, SyntaxError, ValueError, struct.error, EOFError) as error:
-        raise BadImageError(str(path), str(error) or type(error).__name__) from error
+        # PngImageFile's own getexif would decode every PNG, to look behind its pixels.
+        orientation = Image.Image.getexif(opened).get(ExifTags.Base.Orientation, 1)
+    return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
+
+
+def has_late_exif(file: IO[bytes]) -> bool:
+    """Whether a PNG says behind its pixels, or may say, how it is to be turned."""
+    place, behind = file.tell(), False
+    file.seek(8)
+    try:
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            start = file.tell()
+            behind |= kind == b"IDAT"
+            if behind and kind == b"eXIf":
+                return True
+            if behind and kind in (b"tEXt", b"zTXt", b"iTXt"):
+                key = file.read(min(length, 80)).split(b"\0")[0]
+                if key in (b"Raw profile type exif", b"XML:com.adobe.xmp"):
+                    return True
+            file.seek(start + length + 4)  # a checksum of 4 bytes follows
+        return False
+    finally:
+        file.seek(place)
 
 
 def split_roots(root: Path) -> tuple[Path, Path | None]:
@@ -130,12 +189,15 @@ class Folder:
 
     def __getitem__(self, index: int) -> Example:
         row = int(self.rows[index])
-        image = decode(self.index.root / self.index.relative(row), self.channels)
+        image = decode(self.index.path(row), self.channels)
         label = int(self.ids[self.index.groups[row]]) if self.labelled else -1
         return Example(image, label)
 
+    def size(self, index: int) -> tuple[int, int]:
+        return read_size(self.index.path(int(self.rows[index])))
+
     def describe(self, index: int) -> str:
-        return str(self.index.root / self.index.relative(int(self.rows[index])))
+        return str(self.index.path(int(self.rows[index])))
 
 
 def held_out_by_hash(index: Index, fraction: float, split: Split) -> np.ndarray:

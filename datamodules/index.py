@@ -35,6 +35,7 @@ class Index:
     groups:  int32 [n], class id, -1 where an image has none
     names:   class names
     skipped: files that are no images
+    arrays:  the directory of the mapped files; a renewed index has another one
     """
 
     root: Path
@@ -43,6 +44,7 @@ class Index:
     groups: np.ndarray
     names: tuple[str, ...]
     skipped: int
+    arrays: Path
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -50,6 +52,9 @@ class Index:
     def relative(self, row: int) -> str:
         start, end = int(self.offsets[row]), int(self.offsets[row + 1])
         return os.fsdecode(self.paths[start:end].tobytes())
+
+    def path(self, row: int) -> Path:
+        return self.root / self.relative(row)
 
 
 def cache_directory() -> Path:
@@ -228,4 +233,4 @@ def load(root: Path, arrays: Path, known: dict[str, Any]) -> Index:
         np.load(arrays / f"{name}.npy", mmap_mode="r") for name in ("paths", "offsets", "groups")
     )
     base = root.parent if root.is_file() else root
-    return Index(base, paths, offsets, groups, tuple(known["names"]), known["skipped"])
+    return Index(base, paths, offsets, groups, tuple(known["names"]), known["skipped"], arrays)

@@ -156,11 +156,9 @@ class Shapes:
         return f"shapes/{self.split}[{index}]"
 
     def __getitem__(self, index: int) -> Example:
-        if not 0 <= index < self.length:
-            raise IndexError(index)
-        rng = np.random.Generator(np.random.Philox(key=fold(SPLITS[self.split], index)))
+        rng = self.generator(index)
         label = index % len(CLASSES)
-        height, width = self.size(rng)
+        height, width = self.draw_size(rng)
         image = texture(height, width, rng)
         for _ in range(4):  # clutter
             spot = draw("disc", height, width, self.frame(height, width, rng, 0.03, 0.08))
@@ -171,7 +169,16 @@ class Shapes:
         pixels = with_channels(image.clip(0, 255).astype(np.uint8), self.channels)
         return Example(pixels, label, mask)
 
-    def size(self, rng: np.random.Generator) -> tuple[int, int]:
+    def size(self, index: int) -> tuple[int, int]:
+        return self.draw_size(self.generator(index))
+
+    def generator(self, index: int) -> np.random.Generator:
+        """All random numbers of one scene; the first of them give its size."""
+        if not 0 <= index < self.length:
+            raise IndexError(index)
+        return np.random.Generator(np.random.Philox(key=fold(SPLITS[self.split], index)))
+
+    def draw_size(self, rng: np.random.Generator) -> tuple[int, int]:
         side = rng.uniform(self.sides[0], self.sides[1] + 1e-9)
         root = math.exp(0.5 * math.log(self.max_aspect) * rng.uniform(-1, 1))
         return max(16, round(side / root)), max(16, round(side * root))

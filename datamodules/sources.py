@@ -6,6 +6,7 @@ folder              a directory tree or a list file (`datamodules.folder`)
 torchvision:NAME    any classification data set of torchvision
 """
 
+import copy
 import difflib
 import inspect
 from collections.abc import Callable
@@ -55,6 +56,14 @@ class Source(Protocol):
         """The example at `index`; raises `BadImageError` where it cannot be read."""
         ...
 
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) in pixels of the image at `index`, without decoding where possible.
+
+        Raises `BadImageError` where not even that can be read; an image with a size can still
+        turn out to be damaged.
+        """
+        ...
+
     def describe(self, index: int) -> str:
         """A name for people: a path, or "digits[12]"."""
         ...
@@ -72,13 +81,17 @@ def to_array(image: Image.Image) -> np.ndarray:
         # Never by the largest value: a dark image would be scaled unlike its neighbours.
         deep = np.asarray(image).astype(np.int64).clip(0, 65535)
         return np.round(deep / 257).astype(np.uint8)
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range")
+    refuse_floats(image)
     is_grey = image.mode in ("1", "L", "LA", "La")
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
     return np.asarray(image.convert("L" if is_grey else "RGB"))
+
+
+def refuse_floats(image: Image.Image) -> None:
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range")
 
 
 def with_channels(image: np.ndarray, channels: int) -> np.ndarray:
@@ -125,6 +138,10 @@ class Digits:
     def __getitem__(self, index: int) -> Example:
         return Example(with_channels(self.images[index], self.channels), int(self.labels[index]))
 
+    def size(self, index: int) -> tuple[int, int]:
+        height, width = self.images[index].shape
+        return height, width
+
     def describe(self, index: int) -> str:
         return f"digits[{self.indices[index]}]"
 
@@ -168,6 +185,10 @@ class TorchvisionSource:
         self.name, self.split, self.channels = name, split, channels
         self.check_label()
         self.class_names = self.find_class_names()
+        self.common_size = self.find_common_size()
+        self.unread = copy.copy(self.dataset)  # shares everything but how a file is read
+        if hasattr(self.unread, "loader"):
+            self.unread.loader = Image.open  # reads the header; pixels only when they are used
 
     def check_label(self) -> None:
         try:
@@ -190,15 +211,38 @@ class TorchvisionSource:
                 return tuple(str(i) for i in range(int(np.max(np.asarray(labels))) + 1))
         raise ValueError(f"torchvision:{self.name} gives no class labels to train on")
 
+    def find_common_size(self) -> tuple[int, int] | None:
+        """(height, width) of all images, where the data set keeps them in one array.
+
+        That is so for the MNIST family, CIFAR, SVHN, STL10, SEMEION and USPS. The order of the
+        array's axes differs between them, so the first image tells.
+        """
+        shape = tuple(getattr(getattr(self.dataset, "data", None), "shape", ()))
+        if len(shape) < 3 or shape[0] != len(self):
+            return None
+        width, height = self.dataset[0][0].size
+        return (height, width) if {height, width} <= set(shape[1:]) else None
+
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Example:
+        image, label = self.read(self.dataset, index)
+        return Example(with_channels(to_array(image), self.channels), int(label))
+
+    def read(self, dataset: Any, index: int) -> tuple[Image.Image, int]:
         try:
-            image, label = self.dataset[index]
+            image, label = dataset[index]
         except (OSError, SyntaxError) as error:  # what Pillow raises on a damaged file
             raise BadImageError(self.describe(index), str(error)) from error
-        return Example(with_channels(to_array(image), self.channels), int(label))
+        return image, label
+
+    def size(self, index: int) -> tuple[int, int]:
+        if self.common_size is not None:
+            return self.common_size
+        image, _ = self.read(self.unread, index)
+        with image:  # its file may still be open
+            return image.height, image.width
 
     def describe(self, index: int) -> str:
         return f"{self.name}/{self.split}[{index}]"

@@ -62,6 +62,9 @@ class InMemory:
     def __getitem__(self, index: int) -> Example:
         return Example(self.images[index], index, None)
 
+    def size(self, index: int) -> tuple[int, int]:
+        return 256, 256
+
     def describe(self, index: int) -> str:
         return f"random[{index}]"
 

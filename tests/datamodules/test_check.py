@@ -32,6 +32,7 @@ def test_clean_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main([str(tmp_path), "--workers", "2"]) == 0
     said = capsys.readouterr().out
     assert "12x10 to 300x200" in said
+    assert "1.20 to 1.50, median 1.20" in said
     assert "2, 2 (cat) to 3 images each" in said
     assert "4 held-out images are also trained on" in said  # tree() writes the same files
 
