@@ -194,6 +194,11 @@ class Supervised(LightningModule):
         backbone = self.classifier.backbone
         settle_image_size(data, backbone)
         if stage == "fit" and self.distillation is not None:
+            if backbone.image_size is None:
+                raise ValueError(
+                    f"{type(backbone).__name__} has no image size to check a teacher at; "
+                    f"set model.distillation to null, or take a backbone of one image size"
+                )
             self.teacher = Teacher(
                 self.distillation, self.num_classes, backbone.in_channels, backbone.image_size
             )
@@ -309,7 +314,7 @@ def settle_image_size(data: Any, backbone: Backbone) -> None:
 
     The backbone would take it, and resample its positions at every step.
     """
-    if not hasattr(data, "image_size"):
+    if not hasattr(data, "image_size") or backbone.image_size is None:
         return
     made_for = tuple(backbone.image_size)
     if data.image_size is None:
