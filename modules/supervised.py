@@ -239,7 +239,8 @@ class Supervised(LightningModule):
             losses = loss_per_image(self.loss, self(batch.images), targets)
         else:
             logits, dist = self.classifier.heads(batch.images)
-            assert dist is not None and isinstance(batch.images, Tensor)  # `setup` saw to it
+            assert dist is not None
+            assert isinstance(batch.images, Tensor)  # `setup` saw to it
             base = loss_per_image(self.loss, logits, targets)
             losses = distill(self.distillation, base, dist, self.teacher(batch.images))
         loss = batch.mean(losses)

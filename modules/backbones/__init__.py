@@ -13,11 +13,14 @@ import difflib
 import inspect
 from typing import Any
 
+from modules.backbones.attention import Packed
+from modules.backbones.factorised import FactorisedPositions
 from modules.backbones.layers import Backbone, BlockStyle, Features
+from modules.backbones.navit import NaViT
 from modules.backbones.positions import Positions
 from modules.backbones.vit import ViT
 
-FAMILIES: dict[str, type[Backbone]] = {"vit": ViT}
+FAMILIES: dict[str, type[Backbone]] = {"vit": ViT, "navit": NaViT}
 
 
 def create(name: str, **overrides: Any) -> Backbone:
@@ -39,4 +42,15 @@ def create(name: str, **overrides: Any) -> Backbone:
     return FAMILIES[name](**overrides)
 
 
-__all__ = ["FAMILIES", "Backbone", "BlockStyle", "Features", "Positions", "ViT", "create"]
+__all__ = [
+    "FAMILIES",
+    "Backbone",
+    "BlockStyle",
+    "FactorisedPositions",
+    "Features",
+    "NaViT",
+    "Packed",
+    "Positions",
+    "ViT",
+    "create",
+]

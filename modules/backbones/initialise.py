@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 from torch import nn
 
-from modules.backbones.layers import AttentionPool, PatchEmbed
+from modules.backbones.layers import PatchEmbed
+from modules.backbones.pooling import AttentionPool, QueryPool
 
 # torch cuts its truncated normal at two standard deviations of the uncut one; JAX corrects for it.
 CUT_STD = 0.87962566103423978
@@ -15,7 +16,7 @@ def timm(network: nn.Module) -> None:
     """timm's default: normal with std 0.02, biases zero, the class token almost zero."""
     linears(network, lambda name, layer: nn.init.trunc_normal_(layer.weight, std=0.02))
     tokens(network, position=0.02, token=1e-6)
-    for pool in (m for m in network.modules() if isinstance(m, AttentionPool)):
+    for pool in (m for m in network.modules() if isinstance(m, (AttentionPool, QueryPool))):
         nn.init.trunc_normal_(pool.latent, std=pool.latent.shape[-1] ** -0.5)
 
 
@@ -38,7 +39,7 @@ def jax(network: nn.Module) -> None:
             nn.init.trunc_normal_(module.proj.weight, std=std, a=-2 * std, b=2 * std)
             if module.proj.bias is not None:
                 nn.init.zeros_(module.proj.bias)
-        elif isinstance(module, AttentionPool):
+        elif isinstance(module, (AttentionPool, QueryPool)):
             nn.init.xavier_uniform_(module.latent[0])
 
 
@@ -49,7 +50,7 @@ def mae(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, PatchEmbed):
             nn.init.xavier_uniform_(module.proj.weight.flatten(1))
-        elif isinstance(module, AttentionPool):
+        elif isinstance(module, (AttentionPool, QueryPool)):
             nn.init.normal_(module.latent, std=0.02)
 
 
@@ -64,7 +65,8 @@ def linears(network: nn.Module, weight: Callable[[str, nn.Linear], object]) -> N
 def tokens(network: nn.Module, position: float, token: float) -> None:
     """Normal values for the learned positions and for the tokens that stand before patches."""
     for name, parameter in network.named_parameters():
-        if name.startswith("positions."):
+        # Learned Fourier features are no table: they have their own first values.
+        if name.startswith("positions.") and not name.startswith("positions.fourier"):
             nn.init.normal_(parameter, std=position)
         elif name in ("cls_token", "reg_token"):
             nn.init.normal_(parameter, std=token)

@@ -14,21 +14,25 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from modules.backbones.attention import Packed, Segments, attend
+
 
 class Features(NamedTuple):
-    """What a backbone returns for a batch of images.
+    """What a backbone returns for a batch of images, or for a pack of them.
 
-    pooled:  [b, d] one vector an image, ready for a linear head
+    pooled:  [b, d] one vector an image, ready for a linear head; of a pack [m, d], zeros in slots
+             without an image
     cls:     [b, d] the class token after the final norm, or None where there is none
-    patches: [b, n, d] one vector a patch, row by row
-    grid:    rows and columns of the patches, n = rows * columns
+    patches: [b, n, d] one vector a patch, row by row; of a pack [rows, n, d], every token of it in
+             its place
+    grid:    rows and columns of the patches, n = rows * columns; None for a pack
     dist:    [b, d] the distillation token after the final norm, or None
     """
 
     pooled: Float[Tensor, "b d"]
     cls: Float[Tensor, "b d"] | None
     patches: Float[Tensor, "b n d"]
-    grid: tuple[int, int]
+    grid: tuple[int, int] | None
     dist: Float[Tensor, "b d"] | None = None
 
 
@@ -39,7 +43,10 @@ class Backbone(nn.Module):
     patch_size:         pixels a patch spans, the same both ways
     num_prefix_tokens:  tokens before the patches (class and distillation token, registers)
     num_layers:         depth L, for layer-wise learning-rate decay
-    image_size:         (height, width) in pixels it was built for
+    image_size:         (height, width) in pixels it was built for; None where any size is alike
+    max_grid:           largest number of patches along a side of an image in a pack; None for no
+                        limit. What makes packs asks for it and refuses larger images: on an
+                        accelerator a network that waits for no tensor's value cannot
     in_channels:        channels of its input
     """
 
@@ -47,15 +54,23 @@ class Backbone(nn.Module):
     patch_size: int
     num_prefix_tokens: int
     num_layers: int
-    image_size: tuple[int, int]
+    image_size: tuple[int, int] | None
+    max_grid: int | None
     in_channels: int
 
-    def forward(self, images: Float[Tensor, "b c height width"]) -> Features:
+    def forward(self, images: Float[Tensor, "b c height width"] | Packed) -> Features:
         raise NotImplementedError
 
     def no_weight_decay(self) -> frozenset[str]:
         """Names of parameters that are no weight matrices though they have two axes or more."""
-        return frozenset()
+        tokens = ("cls_token", "dist_token", "reg_token", "attn_pool.latent")
+        return frozenset(
+            name
+            for name, _ in self.named_parameters()
+            if name in tokens
+            or name.startswith(("positions.", "relative."))
+            or name.endswith(("q_norm.gamma", "k_norm.gamma"))
+        )
 
     def layer_of(self, name: str) -> int:
         """The layer of a parameter: 0 the stem, i + 1 block i, num_layers + 1 what follows."""
@@ -73,45 +88,72 @@ class BlockStyle:
         mlp: "gelu" (exact), "gelu_tanh" (its tanh approximation: SigLIP, JAX) or "swiglu"
             (Shazeer 2020: fc1 gives gate and value, both of the MLP's width).
         qkv_bias: the projection to q, k and v has a bias.
-        qk_norm: LayerNorm over each head's q and k before their product (Dehghani et al. 2023).
+        proj_bias: the projection after attention has a bias.
+        qk_norm: a norm over each head's q and k before their product (Dehghani et al. 2023).
+            "layer": LayerNorm. "rms": RMS norm with a factor for each head and channel.
+            "rms_unscaled": the same, but scores are not multiplied by e^-0.5 (vit-pytorch).
         layer_scale: first value of a learned factor for each channel of both branches (CaiT,
             Touvron et al. 2021); null for none.
         residual_scale: both branches are divided by it (LV-ViT's lambda).
         norm_eps: epsilon of every LayerNorm.
+        norm_bias: every LayerNorm has a bias.
 
     Raises:
-        ValueError: an unknown MLP, or a scale or epsilon that is not positive.
+        ValueError: an unknown MLP or norm of q and k, or a scale or epsilon that is not positive.
     """
 
     mlp: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu"
     qkv_bias: bool = True
-    qk_norm: bool = False
+    proj_bias: bool = True
+    qk_norm: Literal["layer", "rms", "rms_unscaled"] | None = None
     layer_scale: float | None = None
     residual_scale: float = 1.0
     norm_eps: float = 1e-6
+    norm_bias: bool = True
 
     def __post_init__(self) -> None:
         if self.mlp not in ("gelu", "gelu_tanh", "swiglu"):
             raise ValueError(f"mlp is {self.mlp!r}; expected gelu, gelu_tanh or swiglu")
+        if self.qk_norm not in (None, "layer", "rms", "rms_unscaled"):
+            raise ValueError(
+                f"qk_norm is {self.qk_norm!r}; expected layer, rms, rms_unscaled or null"
+            )
         for name in ("residual_scale", "norm_eps", "layer_scale"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} is {value}; expected more than 0")
 
+    @property
+    def attention_scale(self) -> float | None:
+        """Factor of the scores before softmax; None for e^-0.5."""
+        return 1.0 if self.qk_norm == "rms_unscaled" else None
 
-def attend(
-    q: Float[Tensor, "b h n e"],
-    k: Float[Tensor, "b h m e"],
-    v: Float[Tensor, "b h m e"],
-    bias: Float[Tensor, "1 h n m"] | None = None,
-) -> Float[Tensor, "b h n e"]:
-    """Softmax attention, scaled by e^-0.5: the one entry to attention for all backbones.
 
-    `bias` is added to the scaled scores.
-    """
-    if bias is not None:
-        bias = bias.to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+def layer_norm(dim: int, style: BlockStyle) -> nn.LayerNorm:
+    return nn.LayerNorm(dim, style.norm_eps, bias=style.norm_bias)
+
+
+class HeadRMSNorm(nn.Module):
+    """x / sqrt(mean(x^2)) with a learned factor for every head and channel, in float32."""
+
+    def __init__(self, num_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(num_heads, 1, head_dim))
+
+    def forward(self, x: Float[Tensor, "b h n e"]) -> Float[Tensor, "b h n e"]:
+        # Written out, because F.rms_norm would copy q and k out of their shared projection.
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-8)
+        return (wide * self.gamma).to(x.dtype)
+
+
+def head_norm(dim: int, num_heads: int, style: BlockStyle) -> nn.Module:
+    """The norm of q or k, as `style.qk_norm` says."""
+    if style.qk_norm is None:
+        return nn.Identity()
+    if style.qk_norm == "layer":
+        return layer_norm(dim // num_heads, style)
+    return HeadRMSNorm(num_heads, dim // num_heads)
 
 
 def check_heads(dim: int, num_heads: int) -> None:
@@ -130,19 +172,21 @@ class Attention(nn.Module):
         check_heads(dim, num_heads)
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=style.qkv_bias)
-        norm = (lambda: nn.LayerNorm(dim // num_heads, style.norm_eps)) if style.qk_norm else None
-        self.q_norm = norm() if norm else nn.Identity()
-        self.k_norm = norm() if norm else nn.Identity()
-        self.proj = nn.Linear(dim, dim)
+        self.q_norm, self.k_norm = (head_norm(dim, num_heads, style) for _ in range(2))
+        self.scale = style.attention_scale
+        self.proj = nn.Linear(dim, dim, bias=style.proj_bias)
         self.drop = nn.Dropout(dropout)
 
     def forward(
-        self, x: Float[Tensor, "b n d"], bias: Float[Tensor, "1 h n n"] | None = None
+        self,
+        x: Float[Tensor, "b n d"],
+        bias: Float[Tensor, "1 h n n"] | None = None,
+        segments: Segments | None = None,
     ) -> Float[Tensor, "b n d"]:
         q, k, v = rearrange(
             self.qkv(x), "b n (three h e) -> three b h n e", three=3, h=self.num_heads
         ).unbind(0)
-        x = attend(self.q_norm(q), self.k_norm(k), v, bias)
+        x = attend(self.q_norm(q), self.k_norm(k), v, bias, segments, self.scale)
         out: Tensor = self.drop(self.proj(rearrange(x, "b h n e -> b n (h e)")))
         return out
 
@@ -157,7 +201,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim)
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         hidden = self.fc1(x)
         if self.kind == "swiglu":
             gate, value = hidden.chunk(2, dim=-1)
@@ -180,19 +224,24 @@ class LayerScale(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al. 2016): drops a residual branch for whole samples.
+    """Stochastic depth (Huang et al. 2016): drops a residual branch for whole images.
 
-    In training a sample keeps its branch with probability 1 - rate, scaled by 1 / (1 - rate).
+    In training an image keeps its branch with probability 1 - rate, scaled by 1 / (1 - rate).
     """
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+    def forward(
+        self, x: Float[Tensor, "b n d"], segments: Segments | None = None
+    ) -> Float[Tensor, "b n d"]:
         if not self.training or self.rate == 0.0:
             return x
-        keep = x.new_empty(x.shape[0], 1, 1).bernoulli_(1.0 - self.rate)
+        count = x.shape[0] if segments is None else segments.num_images
+        keep = x.new_empty(count, 1, 1).bernoulli_(1.0 - self.rate)
+        if segments is not None:  # every token gets what was drawn for its image
+            keep = keep[segments.image, 0]
         return x * (keep / (1.0 - self.rate))
 
 
@@ -210,51 +259,29 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         scale = style.layer_scale
-        self.norm1 = nn.LayerNorm(dim, eps=style.norm_eps)
+        self.norm1 = layer_norm(dim, style)
         self.attn = Attention(dim, num_heads, style, dropout)
         self.ls1 = nn.Identity() if scale is None else LayerScale(dim, scale)
-        self.norm2 = nn.LayerNorm(dim, eps=style.norm_eps)
+        self.norm2 = layer_norm(dim, style)
         self.mlp = MLP(dim, mlp_dim, style, dropout)
         self.ls2 = nn.Identity() if scale is None else LayerScale(dim, scale)
         self.drop_path = DropPath(drop_path)
         self.residual_scale = style.residual_scale
 
     def forward(
-        self, x: Float[Tensor, "b n d"], bias: Float[Tensor, "1 h n n"] | None = None
+        self,
+        x: Float[Tensor, "b n d"],
+        bias: Float[Tensor, "1 h n n"] | None = None,
+        segments: Segments | None = None,
     ) -> Float[Tensor, "b n d"]:
-        x = x + self.branch(self.ls1(self.attn(self.norm1(x), bias)))
-        return x + self.branch(self.ls2(self.mlp(self.norm2(x))))
+        x = x + self.branch(self.ls1(self.attn(self.norm1(x), bias, segments)), segments)
+        return x + self.branch(self.ls2(self.mlp(self.norm2(x))), segments)
 
-    def branch(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        out: Tensor = self.drop_path(x)
+    def branch(
+        self, x: Float[Tensor, "b n d"], segments: Segments | None
+    ) -> Float[Tensor, "b n d"]:
+        out: Tensor = self.drop_path(x, segments)
         return out if self.residual_scale == 1.0 else out / self.residual_scale
-
-
-class AttentionPool(nn.Module):
-    """Multi-head attention pooling, MAP (Zhai et al. 2021, section 3.3).
-
-    One learned query attends to all patches; then x + MLP(LN(x)).
-    """
-
-    def __init__(self, dim: int, num_heads: int, mlp_dim: int, style: BlockStyle) -> None:
-        super().__init__()
-        check_heads(dim, num_heads)
-        self.num_heads = num_heads
-        self.latent = nn.Parameter(torch.zeros(1, 1, dim))
-        self.q, self.kv = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim)
-        self.proj = nn.Linear(dim, dim)
-        self.norm = nn.LayerNorm(dim, eps=style.norm_eps)
-        self.mlp = MLP(dim, mlp_dim, style)
-
-    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b d"]:
-        heads = {"h": self.num_heads}
-        q = rearrange(self.q(self.latent), "one n (h e) -> one h n e", **heads)
-        k, v = rearrange(self.kv(x), "b n (two h e) -> two b h n e", two=2, **heads).unbind(0)
-        x = self.proj(
-            rearrange(attend(q.expand(x.shape[0], -1, -1, -1), k, v), "b h n e -> b n (h e)")
-        )
-        x = x + self.mlp(self.norm(x))
-        return x[:, 0]
 
 
 class PatchEmbed(nn.Module):
@@ -267,6 +294,25 @@ class PatchEmbed(nn.Module):
     def forward(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b n d"]:
         tokens: Tensor = rearrange(self.proj(images), "b d rows columns -> b (rows columns) d")
         return tokens
+
+    def packed(self, patches: Float[Tensor, "rows n e"]) -> Float[Tensor, "rows n d"]:
+        """The same of patches that are cut already, pixels in the order (channel, row, column).
+
+        Raises:
+            ValueError: patches of another size.
+        """
+        weight = self.proj.weight.flatten(1)
+        check_patch_width(patches, weight.shape[1])
+        return F.linear(patches, weight, self.proj.bias)
+
+
+def check_patch_width(patches: Float[Tensor, "rows n e"], expected: int) -> None:
+    if patches.shape[-1] != expected:
+        raise ValueError(
+            f"packed patches of {patches.shape[-1]} values reached a backbone whose patches have "
+            f"{expected} (channels * patch_size^2); pack with the backbone's patch_size and "
+            f"in_channels"
+        )
 
 
 def drop_path_rates(maximum: float, depth: int) -> list[float]:

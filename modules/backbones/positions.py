@@ -1,4 +1,4 @@
-"""Where a patch is: learned tables, sines and cosines, relative biases, and their resampling.
+"""Where a patch is: learned tables, sines and cosines, relative biases.
 
 Learned 1-D, 2-D and relative positions are those that "An Image is Worth 16x16 Words"
 (Dosovitskiy et al. 2020, appendix D.4) compares. Sin-cos tables follow MAE (He et al. 2021,
@@ -6,7 +6,6 @@ Learned 1-D, 2-D and relative positions are those that "An Image is Worth 16x16 
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -15,8 +14,15 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-Grid = tuple[int, int]
-Resampling = Literal["antialias", "bicubic", "dino", "bilinear"]
+from modules.backbones.attention import Segments
+from modules.backbones.packed import own_rows, resampled_rows, separable_rows, wave_rows
+from modules.backbones.resampling import (
+    Grid,
+    Resampling,
+    resample_grid,
+    resample_table,
+    sincos2d,
+)
 
 KINDS = ("learned1d", "learned2d", "sincos2d", "sincos2d_big_vision", "relative", "none")
 PLACES = ("stem", "every", "every_shared")
@@ -32,7 +38,7 @@ class Positions:
             of columns, half from one of rows), "sincos2d" (fixed, MAE's layout),
             "sincos2d_big_vision" (fixed, big_vision's frequencies), "relative" (a learned bias
             of the attention for each head and offset, as in Swin: the modern stand-in for the
-            paper's extra attention), "none".
+            paper's extra attention; refused for packs), "none".
         inject: "stem" (added to the tokens once), "every" (before every block, each with its
             own), "every_shared" (before every block, the same). null: "stem", but "every" for
             relative positions, which have no stem. Fixed tables have nothing of their own, so
@@ -90,85 +96,6 @@ class Positions:
         return self.inject or ("every" if self.kind == "relative" else "stem")
 
 
-@lru_cache(maxsize=256)
-def axis_matrix(
-    old: int, new: int, how: Resampling, device: torch.device
-) -> Float[Tensor, "new old"]:
-    """The linear map that takes `old` samples on a line to `new` ones, in float32."""
-    # Two columns wide: torch's antialiased bicubic is wrong for images one pixel wide (torch 2.15).
-    line = torch.eye(old).reshape(1, old, old, 1).repeat(1, 1, 1, 2)
-    with torch.inference_mode(False), torch.no_grad():
-        if how == "bilinear":
-            out = F.interpolate(line, (new, 2), mode="bilinear", align_corners=True)
-        elif how == "dino":
-            out = F.interpolate(line, scale_factor=((new + 0.1) / old, 1.0), mode="bicubic")
-        else:
-            out = F.interpolate(line, (new, 2), mode="bicubic", antialias=how == "antialias")
-        return out[0, :, :, 0].T.contiguous().to(device)
-
-
-def resample_grid(
-    values: Float[Tensor, "rows columns d"], new: Grid, how: Resampling = "antialias"
-) -> Float[Tensor, "new_rows new_columns d"]:
-    """Bring values on a grid to another grid, in float32; the same grid is returned as it is.
-
-    The filters are separable, so this is a product with one small matrix for each axis, made
-    once for every pair of sizes: differentiable, deterministic and of static shape everywhere.
-    """
-    rows, columns, _ = values.shape
-    if (rows, columns) == tuple(new):
-        return values
-    down = axis_matrix(rows, new[0], how, values.device)
-    across = axis_matrix(columns, new[1], how, values.device)
-    with torch.autocast(values.device.type, enabled=False):
-        out = torch.einsum("ar,bc,rcd->abd", down, across, values.float())
-    return out.to(values.dtype)
-
-
-def resample_table(
-    table: Float[Tensor, "1 old d"],
-    old: Grid,
-    new: Grid,
-    num_prefix: int,
-    how: Resampling = "antialias",
-) -> Float[Tensor, "1 new d"]:
-    """Bring a position table to another grid; its first `num_prefix` rows stay as they are.
-
-    Raises:
-        ValueError: the table has not the rows that `old` and `num_prefix` say.
-    """
-    if table.shape[1] != num_prefix + old[0] * old[1]:
-        raise ValueError(
-            f"a position table of {table.shape[1]} rows is not {num_prefix} prefix rows and a "
-            f"grid of {old[0]}x{old[1]}"
-        )
-    prefix, patches = table[0, :num_prefix], table[0, num_prefix:]
-    patches = rearrange(patches, "(rows columns) d -> rows columns d", rows=old[0])
-    patches = rearrange(resample_grid(patches, new, how), "rows columns d -> (rows columns) d")
-    return torch.cat((prefix, patches))[None]
-
-
-@lru_cache(maxsize=64)
-def sincos2d(dim: int, grid: Grid, big_vision: bool = False) -> Float[Tensor, "n d"]:
-    """[sin(w x), cos(w x), sin(w y), cos(w y)] for column x and row y of every patch.
-
-    w_i = 10000^(-i / q) with q = dim / 4, or 10000^(-i / (q - 1)) in big_vision's layout.
-
-    Raises:
-        ValueError: `dim` is no multiple of 4.
-    """
-    if dim % 4 or dim == 4:
-        raise ValueError(f"width {dim} is no multiple of 4 above 4, as sin-cos positions need")
-    quarter = dim // 4
-    steps = torch.arange(quarter, dtype=torch.float64) / (quarter - big_vision)
-    y, x = torch.meshgrid(
-        *(torch.arange(size, dtype=torch.float64) for size in grid), indexing="ij"
-    )
-    angles = [place.reshape(-1, 1) * 10000.0**-steps for place in (x, y)]
-    waves = [wave(angle) for angle in angles for wave in (torch.sin, torch.cos)]
-    return torch.cat(waves, dim=1).float()
-
-
 def with_prefix(
     prefix: Float[Tensor, "1 p d"] | int, patches: Float[Tensor, "n d"]
 ) -> Float[Tensor, "1 p_and_n d"]:
@@ -189,7 +116,14 @@ class Learned1D(nn.Module):
         self.num_rows = num_prefix if prefix_rows else 0
         self.table = nn.Parameter(torch.zeros(1, self.num_rows + grid[0] * grid[1], dim))
 
-    def forward(self, grid: Grid) -> Float[Tensor, "1 n d"]:
+    def forward(self, where: Grid | Segments) -> Float[Tensor, "b n d"]:
+        if isinstance(where, Segments):
+            patches = self.table[0, self.num_rows :].view(*self.grid, -1)
+            prefix = self.table[:, : self.num_rows] if self.num_rows else None
+            return own_rows(resampled_rows(patches, where, self.resample), prefix, where)
+        return self.at(where)
+
+    def at(self, grid: Grid) -> Float[Tensor, "1 n d"]:
         table = resample_table(self.table, self.grid, grid, self.num_rows, self.resample)
         if self.num_rows == self.num_prefix:
             return table
@@ -211,7 +145,13 @@ class Learned2D(nn.Module):
         has_rows = prefix_rows and num_prefix > 0
         self.prefix = nn.Parameter(torch.zeros(1, num_prefix, dim)) if has_rows else None
 
-    def forward(self, grid: Grid) -> Float[Tensor, "1 n d"]:
+    def forward(self, where: Grid | Segments) -> Float[Tensor, "b n d"]:
+        if isinstance(where, Segments):
+            patches = separable_rows(self.columns[0], self.rows[0], where, self.resample)
+            return own_rows(patches, self.prefix, where)
+        return self.at(where)
+
+    def at(self, grid: Grid) -> Float[Tensor, "1 n d"]:
         shape = (self.grid[0], self.grid[1], -1)
         x, y = self.columns[0].expand(shape), self.rows[0][:, None].expand(shape)
         table = resample_grid(torch.cat((x, y), dim=-1), grid, self.resample)
@@ -234,12 +174,18 @@ class SinCos2D(nn.Module):
     def at(self, grid: Grid) -> Float[Tensor, "1 n d"]:
         return with_prefix(self.num_prefix, sincos2d(self.dim, grid, self.big_vision))
 
-    def forward(self, grid: Grid) -> Float[Tensor, "1 n d"]:
+    def forward(self, where: Grid | Segments) -> Float[Tensor, "b n d"]:
+        if isinstance(where, Segments):
+            waves = wave_rows(where, self.dim, self.big_vision)
+            return own_rows(waves.to(self.table.dtype), None, where)
+        grid = where
         return self.table if grid == self.grid else self.at(grid).to(self.table)
 
 
 class RelativeBias(nn.Module):
     """A learned bias of the attention scores for each head and each offset of two patches.
+
+    Not for packs: a bias for every pair of tokens of every grid would be larger than the pack.
 
     Three more biases a head are for prefix tokens: from patch to prefix, from prefix to patch,
     and among prefix tokens (BEiT, Bao et al. 2021).
@@ -254,7 +200,12 @@ class RelativeBias(nn.Module):
         self.register_buffer("index", offset_index(grid), persistent=False)
         self.prefix = nn.Parameter(torch.zeros(3, num_heads)) if num_prefix else None
 
-    def forward(self, grid: Grid) -> Float[Tensor, "1 h n n"]:
+    def forward(self, where: Grid | Segments) -> Float[Tensor, "1 h n n"]:
+        if isinstance(where, Segments):
+            raise ValueError(
+                "relative positions take no packs; use learned1d, learned2d or sincos2d positions"
+            )
+        grid = where
         offsets = (2 * grid[0] - 1, 2 * grid[1] - 1)
         table = resample_grid(self.table, offsets, self.resample).flatten(0, 1)
         index = self.index if grid == self.grid else offset_index(grid).to(table.device)
@@ -263,8 +214,8 @@ class RelativeBias(nn.Module):
             bias = F.pad(bias, (self.num_prefix, 0, self.num_prefix, 0))
             is_prefix = torch.arange(bias.shape[-1], device=bias.device) < self.num_prefix
             to, of = is_prefix[None, :], is_prefix[:, None]
-            for value, where in zip(self.prefix, (to & ~of, of & ~to, of & to), strict=True):
-                bias = bias + value[:, None, None] * where
+            for value, here in zip(self.prefix, (to & ~of, of & ~to, of & to), strict=True):
+                bias = bias + value[:, None, None] * here
         return bias[None]
 
 
@@ -302,8 +253,8 @@ def make_biases(
     return nn.ModuleList(tables) if how.place == "every" else tables[0]
 
 
-def for_blocks(tables: nn.Module | None, grid: Grid, depth: int) -> list[Tensor | None]:
+def for_blocks(tables: nn.Module | None, where: Grid | Segments, depth: int) -> list[Tensor | None]:
     """What each block gets: its own table, the shared one, or nothing."""
     if isinstance(tables, nn.ModuleList):
-        return [table(grid) for table in tables]
-    return [None if tables is None else tables(grid)] * depth
+        return [table(where) for table in tables]
+    return [None if tables is None else tables(where)] * depth

@@ -21,16 +21,20 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from modules.backbones import initialise
+from modules.backbones.attention import Packed, Segments
 from modules.backbones.layers import (
-    AttentionPool,
     Backbone,
     Block,
     BlockStyle,
     Features,
     PatchEmbed,
     drop_path_rates,
+    layer_norm,
 )
+from modules.backbones.packed import check_pack, own_rows
+from modules.backbones.pooling import AttentionPool, mean_patch, only_filled, prefix_token
 from modules.backbones.positions import Positions, for_blocks, make_biases, make_tables
+from modules.backbones.resampling import MAX_GRID, Grid
 
 
 class Size(NamedTuple):
@@ -65,7 +69,8 @@ class ViT(Backbone):
     """The plain Vision Transformer.
 
     Takes images of any size that patches divide; `image_size` is what its positions were made
-    for, and they are resampled to others.
+    for, and they are resampled to others. Takes packs as well (`attention.Packed`): every image in
+    one is what it would be alone.
 
     Args:
         variant: size from `VARIANTS`: mu (toy), Ti, S, M, B, L, H, g, G or So400m.
@@ -96,6 +101,8 @@ class ViT(Backbone):
         ValueError: unknown variant, pooling or init, a size that patches do not divide, rates
             outside [0, 1), "cls" pooling without the token.
     """
+
+    image_size: tuple[int, int]
 
     def __init__(
         self,
@@ -134,6 +141,7 @@ class ViT(Backbone):
         self.patch_size, self.num_layers, self.num_registers = patch_size, size.depth, num_registers
         self.image_size, self.in_channels = (height, width), in_channels
         self.pooling, self.grid = pooling, (height // patch_size, width // patch_size)
+        self.max_grid = None if positions.kind == "none" else MAX_GRID
         prefix = self.num_prefix_tokens = class_token + distillation_token + num_registers
 
         self.patch_embed = PatchEmbed(patch_size, in_channels, dim)
@@ -150,7 +158,7 @@ class ViT(Backbone):
             for rate in rates or drop_path_rates(drop_path, size.depth)
         )
         # timm names the final norm after what it sees: all tokens, or their average.
-        norm = nn.LayerNorm(dim, eps=block.norm_eps)
+        norm = layer_norm(dim, block)
         self.norm = nn.Identity() if pooling == "avg" else norm
         self.fc_norm = norm if pooling == "avg" else nn.Identity()
         if pooling == "map":
@@ -158,94 +166,106 @@ class ViT(Backbone):
         self.pre_logits = nn.Linear(dim, dim) if pre_logits else None
         initialise.RULES[init](self)
 
-    def forward(self, images: Float[Tensor, "b c height width"]) -> Features:
-        grid = self.grid_of(images)
-        (last,) = self.run_blocks(self.embed(images, grid), grid, keep=1)
-        return self.read_out(last, grid)
+    def forward(self, images: Float[Tensor, "b c height width"] | Packed) -> Features:
+        (last,) = self.last_blocks(images, 1)
+        return last
 
-    def last_blocks(self, images: Float[Tensor, "b c height width"], count: int) -> list[Features]:
+    def last_blocks(
+        self, images: Float[Tensor, "b c height width"] | Packed, count: int
+    ) -> list[Features]:
         """What the last `count` blocks give, the last one last, each read out as `forward` does.
 
         Raises:
-            ValueError: more blocks than there are, or none.
+            ValueError: more blocks than there are, or none; images or packs that were made for
+                another backbone.
         """
         if not 1 <= count <= self.num_layers:
             raise ValueError(f"{count} blocks were asked of a ViT that has {self.num_layers}")
-        grid = self.grid_of(images)
-        kept = self.run_blocks(self.embed(images, grid), grid, keep=count)
-        return [self.read_out(x, grid) for x in kept]
+        where: Grid | Segments
+        if isinstance(images, Tensor):
+            where = self.grid_of(images)
+            x = self.embed(images, where)
+        else:
+            check_pack(images, self.num_prefix_tokens, self.max_grid)
+            where = Segments(images)
+            x = self.embed_pack(images, where)
+        return [self.read_out(x, where) for x in self.run_blocks(x, where, keep=count)]
 
-    def grid_of(self, images: Float[Tensor, "b c height width"]) -> tuple[int, int]:
+    def grid_of(self, images: Float[Tensor, "b c height width"]) -> Grid:
         """Rows and columns of patches of such images.
 
         Raises:
             ValueError: images that this network cannot take.
         """
-        channels, height, width = images.shape[1:]
-        if channels != self.in_channels:
-            raise ValueError(
-                f"images of {channels} channels reached a ViT built for {self.in_channels}; set "
-                f"the backbone's in_channels and the data's channels to the same number"
-            )
-        check_divisible(height, width, self.patch_size)
-        return height // self.patch_size, width // self.patch_size
+        return grid_of(images, self.in_channels, self.patch_size)
 
     def embed(
-        self, images: Float[Tensor, "b c height width"], grid: tuple[int, int]
+        self, images: Float[Tensor, "b c height width"], grid: Grid
     ) -> Float[Tensor, "b n d"]:
         """Prefix tokens and patches, with the positions that are added at the stem."""
         x = self.patch_embed(images)
-        before = [t for t in (self.cls_token, self.dist_token, self.reg_token) if t is not None]
-        if before:
-            x = torch.cat((*(token.expand(x.shape[0], -1, -1) for token in before), x), dim=1)
+        if (before := self.prefix_tokens()) is not None:
+            x = torch.cat((before.expand(x.shape[0], -1, -1), x), dim=1)
+        return self.add_positions(x, grid)
+
+    def embed_pack(self, pack: Packed, segments: Segments) -> Float[Tensor, "rows n d"]:
+        """The same for a pack, every token in its place; padding begins as zeros."""
+        x = own_rows(self.patch_embed.packed(pack.patches), self.prefix_tokens(), segments)
+        return self.add_positions(x, segments)
+
+    def prefix_tokens(self) -> Float[Tensor, "1 p d"] | None:
+        """Class token, distillation token, registers."""
+        tokens = (self.cls_token, self.dist_token, self.reg_token)
+        given: list[Tensor] = [token for token in tokens if token is not None]
+        return torch.cat(given, dim=1) if given else None
+
+    def add_positions(
+        self, x: Float[Tensor, "b n d"], where: Grid | Segments
+    ) -> Float[Tensor, "b n d"]:
         if self.inject == "stem" and self.positions is not None:
-            x = x + self.positions(grid)
+            x = x + self.positions(where)
         out: Tensor = self.pos_drop(x)
         return out
 
     def run_blocks(
-        self, x: Float[Tensor, "b n d"], grid: tuple[int, int], keep: int
+        self, x: Float[Tensor, "b n d"], where: Grid | Segments, keep: int
     ) -> list[Float[Tensor, "b n d"]]:
         """The tokens after each of the last `keep` blocks."""
         tables = None if self.inject == "stem" else self.positions
+        segments = where if isinstance(where, Segments) else None
         kept: list[Tensor] = []
         for block, table, bias in zip(
             self.blocks,
-            for_blocks(tables, grid, self.num_layers),
-            for_blocks(self.relative, grid, self.num_layers),
+            for_blocks(tables, where, self.num_layers),
+            for_blocks(self.relative, where, self.num_layers),
             strict=True,
         ):
-            x = block(x if table is None else x + table, bias)
+            x = block(x if table is None else x + table, bias, segments)
             kept = [*kept, x][-keep:]
         return kept
 
-    def read_out(self, x: Float[Tensor, "b n d"], grid: tuple[int, int]) -> Features:
+    def read_out(self, x: Float[Tensor, "b n d"], where: Grid | Segments) -> Features:
         """Final norm and pooling of the tokens after a block."""
         x = self.norm(x)
-        patches = x[:, self.num_prefix_tokens :]
-        if self.pooling == "cls":
-            pooled = x[:, 0]
-        elif self.pooling == "map":
-            pooled = self.attn_pool(patches)
+        segments = where if isinstance(where, Segments) else None
+        patches = x if segments is not None else x[:, self.num_prefix_tokens :]
+        has_cls = self.cls_token is not None
+        cls = prefix_token(x, 0, segments) if has_cls else None
+        if self.pooling == "map":
+            pooled = self.attn_pool(patches, segments)
+        elif self.pooling == "cls":
+            assert cls is not None
+            pooled = cls
         else:
-            pooled = self.fc_norm(patches.mean(dim=1))
+            pooled = self.fc_norm(mean_patch(patches, segments))
         if self.pre_logits is not None:
             pooled = torch.tanh(self.pre_logits(pooled))
-        has_cls = self.cls_token is not None
         return Features(
-            pooled=pooled,
-            cls=x[:, 0] if has_cls else None,
+            pooled=only_filled(pooled, segments),
+            cls=cls,
             patches=patches,
-            grid=grid,
-            dist=None if self.dist_token is None else x[:, int(has_cls)],
-        )
-
-    def no_weight_decay(self) -> frozenset[str]:
-        tokens = ("cls_token", "dist_token", "reg_token", "attn_pool.latent")
-        return frozenset(
-            name
-            for name, _ in self.named_parameters()
-            if name in tokens or name.startswith(("positions.", "relative."))
+            grid=None if isinstance(where, Segments) else where,
+            dist=None if self.dist_token is None else prefix_token(x, int(has_cls), segments),
         )
 
 
@@ -266,6 +286,18 @@ def resolve_size(
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; expected at least 1")
     return VARIANTS[variant]._replace(**{k: v for k, v in given.items() if v is not None})
+
+
+def grid_of(images: Float[Tensor, "b c height width"], channels: int, patch_size: int) -> Grid:
+    """Rows and columns of patches of images, which must have so many channels."""
+    if images.shape[1] != channels:
+        raise ValueError(
+            f"images of {images.shape[1]} channels reached a ViT built for {channels}; set "
+            f"the backbone's in_channels and the data's channels to the same number"
+        )
+    height, width = images.shape[2:]
+    check_divisible(height, width, patch_size)
+    return height // patch_size, width // patch_size
 
 
 def check_divisible(height: int, width: int, patch_size: int) -> None:

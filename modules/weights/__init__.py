@@ -183,7 +183,7 @@ def to_timm(network: nn.Module) -> State:
 
     Raises:
         ValueError: no ViT, or parts that timm's has not: pre-logits, relative positions,
-            positions at every block.
+            positions at every block, RMS norm of q and k, norms or projections without bias.
     """
     vit = getattr(network, "backbone", network)
     if not isinstance(vit, ViT):
@@ -194,6 +194,9 @@ def to_timm(network: nn.Module) -> State:
             vit.dist_token is not None and vit.reg_token is not None
         ),
         "relative positions": vit.relative is not None,
+        "RMS norm of q and k": vit.style.qk_norm not in (None, "layer"),
+        "norms without bias": not vit.style.norm_bias,
+        "attention that projects without bias": not vit.style.proj_bias,
         f"positions at {vit.inject} block": vit.positions is not None and vit.inject != "stem",
     }
     if any(lacks.values()):
@@ -231,7 +234,7 @@ def timm_arguments(network: nn.Module) -> dict[str, Any]:
         "num_heads": block.attn.num_heads,
         "mlp_ratio": block.mlp.fc1.out_features / vit.embed_dim,
         "qkv_bias": style.qkv_bias,
-        "qk_norm": style.qk_norm,
+        "qk_norm": style.qk_norm == "layer",
         "init_values": style.layer_scale,
         "class_token": vit.cls_token is not None,
         "reg_tokens": vit.num_registers,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from modules.backbones import BlockStyle, Positions, ViT
-from modules.backbones.positions import sincos2d
+from modules.backbones.resampling import sincos2d
 from modules.backbones.vit import VARIANTS, Size
 from modules.weights.files import State
 from modules.weights.names import is_google, with_our_names
@@ -120,7 +120,13 @@ def vit_arguments(state: State, theirs: State) -> dict[str, Any]:
     if "blocks.0.attn.qkv.bias" not in state:
         block["qkv_bias"] = False
     if "blocks.0.attn.q_norm.weight" in state:
-        block["qk_norm"] = True
+        block["qk_norm"] = "layer"
+    elif "blocks.0.attn.q_norm.gamma" in state:
+        block["qk_norm"] = "rms"  # or "rms_unscaled": weights do not tell
+    if "blocks.0.attn.proj.bias" not in state:
+        block["proj_bias"] = False
+    if "blocks.0.norm1.bias" not in state:
+        block["norm_bias"] = False
     if "blocks.0.ls1.gamma" in state:
         block["layer_scale"] = 1e-5
     found = {

@@ -6,12 +6,8 @@ import torch
 from torch import Tensor
 
 from modules.backbones import ViT
-from modules.backbones.positions import (
-    Grid,
-    SinCos2D,
-    resample_grid,
-    resample_table,
-)
+from modules.backbones.positions import SinCos2D
+from modules.backbones.resampling import Grid, resample_grid, resample_table
 from modules.weights.files import State
 
 Tokens = dict[str, int]

@@ -97,7 +97,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qk norm, no bias": (
         "vit_tiny_patch16_224",
         {"qk_norm": True, "qkv_bias": False},
-        {"block": BlockStyle(qk_norm=True, qkv_bias=False)},
+        {"block": BlockStyle(qk_norm="layer", qkv_bias=False)},
     ),
 }
 
@@ -152,7 +152,7 @@ IN_TIMMS_TERMS: dict[str, dict[str, Any]] = {
     "residual scale": {"block": BlockStyle(residual_scale=2.0)},
     "tanh": {"block": BlockStyle(mlp="gelu_tanh", layer_scale=0.1)},
     "swiglu": {"block": BlockStyle(mlp="swiglu", qkv_bias=False)},
-    "epsilon": {"block": BlockStyle(norm_eps=1e-2, qk_norm=True)},
+    "epsilon": {"block": BlockStyle(norm_eps=1e-2, qk_norm="layer")},
     "average": {"pooling": "avg"},
     "norm, then average": {"pooling": "norm_avg", "class_token": False},
     "MAP, not square": {"pooling": "map", "class_token": False, "image_size": (32, 48)},

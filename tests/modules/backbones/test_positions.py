@@ -10,14 +10,8 @@ from safetensors import safe_open
 from timm.layers import resample_abs_pos_embed
 
 from modules.backbones import Positions, ViT
-from modules.backbones.positions import (
-    KINDS,
-    PLACES,
-    RelativeBias,
-    resample_grid,
-    resample_table,
-    sincos2d,
-)
+from modules.backbones.positions import KINDS, PLACES, RelativeBias
+from modules.backbones.resampling import resample_grid, resample_table, sincos2d
 from tests.typecheck import unchecked
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "dino_vit.safetensors"
