@@ -207,9 +207,10 @@ class PackedDataModule(SourceDataModule):
 
     def prepare_data(self) -> None:
         """On one process: download, index, and measure images for the others to know."""
+        fresh = self.trainer is None or self.trainer.ckpt_path is None  # else the plan must stay
         if self.trainer is None or self.trainer.state.fn == "fit":
-            measure(self.open("train"))
-        measure(self.open("val"))
+            measure(self.open("train"), retry=fresh)
+        measure(self.open("val"), retry=fresh)
 
     def fit_to(self, needs: Needs) -> None:
         """Take the backbone's patch size and prefix tokens.

@@ -94,20 +94,21 @@ def draw(name: str, height: int, width: int, frame: Frame) -> np.ndarray:
 
 def texture(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
     """A float32 [height, width, 3] pattern: two waves around a random colour."""
-    rows = np.arange(height, dtype=np.float32)[:, None]
-    columns = np.arange(width, dtype=np.float32)[None, :]
-    value: np.ndarray = np.zeros((height, width), dtype=np.float32)
+    down, across = [], []  # sin(a + b) = sin a cos b + cos a sin b: no sine of every pixel
     for _ in range(2):
         wavelength, angle, phase = rng.uniform((3.0, 0.0, 0.0), (16.0, math.pi, 2 * math.pi))
         pace = 2 * math.pi / wavelength
-        value += np.sin(
-            rows * (pace * math.sin(angle)) + columns * (pace * math.cos(angle)) + phase
-        )
+        a = np.arange(height) * (pace * math.sin(angle)) + phase
+        b = np.arange(width) * (pace * math.cos(angle))
+        down += [np.sin(a), np.cos(a)]
+        across += [np.cos(b), np.sin(b)]
+    value = (np.stack(down, axis=1) @ np.stack(across)).astype(np.float32)
     if rng.random() < 0.5:  # stripes with hard edges
         value = np.sign(value) * np.float32(1.2)
     color = rng.uniform(0, 255, 3).astype(np.float32)
     swing = rng.uniform(-45, 45, 3).astype(np.float32)
-    pixels: np.ndarray = color + swing * (0.5 * value)[:, :, None]
+    pixels: np.ndarray = value[:, :, None] * (np.float32(0.5) * swing)
+    pixels += color
     return pixels
 
 
@@ -164,9 +165,9 @@ class Shapes:
             spot = draw("disc", height, width, self.frame(height, width, rng, 0.03, 0.08))
             image[spot] = rng.uniform(0, 255, 3)
         mask = draw(CLASSES[label], height, width, self.frame(height, width, rng, 0.26, 0.42))
-        image = np.where(mask[:, :, None], texture(height, width, rng), image)
-        image += rng.normal(0, 8, image.shape).astype(np.float32)
-        pixels = with_channels(image.clip(0, 255).astype(np.uint8), self.channels)
+        np.copyto(image, texture(height, width, rng), where=mask[:, :, None])
+        image += 8 * rng.standard_normal(image.shape, dtype=np.float32)
+        pixels = with_channels(image.clip(0, 255, out=image).astype(np.uint8), self.channels)
         return Example(pixels, label, mask)
 
     def size(self, index: int) -> tuple[int, int]:

@@ -273,7 +273,9 @@ def test_a_run_that_max_steps_ended_goes_on_with_the_next_batch(tmp_path: Path) 
 def test_a_resumed_run_keeps_its_batches(tmp_path: Path) -> None:
     small.trainer(tmp_path / "a", max_epochs=1).fit(small.method(), small.data())
     last = next((tmp_path / "a").rglob("last.ckpt"))
-    with pytest.raises(ValueError, match="had 8 images in a global batch, now there are 4"):
+    with pytest.raises(
+        ValueError, match="images in a global batch: 8 in the run that is resumed, now 4"
+    ):
         small.trainer(tmp_path / "b", max_epochs=2).fit(
             small.method(), small.data(batch_size=4), ckpt_path=last, weights_only=True
         )
