@@ -275,6 +275,7 @@ def test_packs_of_another_network_are_refused() -> None:
     assert torch.isfinite(unplaced(long).pooled).all()
 
 
+@pytest.mark.slow
 def test_one_compilation_serves_every_pack() -> None:
     """In a process of its own: a compiler cannot trace the shape checks of the tests."""
     command = [sys.executable, "-m", "tests.compiled"]
