@@ -126,11 +126,11 @@ def block_mask(ids: Int[Tensor, "rows n"]) -> BlockMask:
         order = chosen.int().argsort(dim=-1, descending=True, stable=True)
         return chosen.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]
 
-    def same(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return ids[b, query] == ids[b, key]
-
     return BlockMask.from_kv_blocks(
-        *listed(meets & ~is_full), *listed(is_full), BLOCK_SIZE=BLOCK, mask_mod=same
+        *listed(meets & ~is_full),
+        *listed(is_full),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=lambda b, h, query, key: ids[b, query] == ids[b, key],
     )
 
 

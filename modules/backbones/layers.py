@@ -134,7 +134,7 @@ def layer_norm(dim: int, style: BlockStyle) -> nn.LayerNorm:
 
 
 class HeadRMSNorm(nn.Module):
-    """x / sqrt(mean(x^2)) with a learned factor for every head and channel, in float32."""
+    """x / sqrt(mean(x^2)) with a learned factor for every head and channel, in float32 at least."""
 
     def __init__(self, num_heads: int, head_dim: int) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class HeadRMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "b h n e"]) -> Float[Tensor, "b h n e"]:
         # Written out, because F.rms_norm would copy q and k out of their shared projection.
-        wide = x.float()
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-8)
         return (wide * self.gamma).to(x.dtype)
 

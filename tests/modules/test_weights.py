@@ -174,6 +174,9 @@ def test_the_arguments_for_timm_are_the_right_ones(option: str) -> None:
         {"positions": Positions("relative")},
         {"positions": Positions(inject="every")},
         {"pre_logits": True},
+        {"block": BlockStyle(qk_norm="rms")},
+        {"block": BlockStyle(norm_bias=False)},
+        {"block": BlockStyle(proj_bias=False)},
         {"distillation_token": True, "num_registers": 1},
     ],
 )

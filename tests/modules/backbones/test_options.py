@@ -72,6 +72,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "SwiGLU": {"block": BlockStyle(mlp="swiglu")},
     "no bias of qkv": {"block": BlockStyle(qkv_bias=False)},
     "qk norm": {"block": BlockStyle(qk_norm="layer")},
+    "RMS norm of q and k": {"block": BlockStyle(qk_norm="rms")},
+    "unscaled RMS norm": {"block": BlockStyle(qk_norm="rms_unscaled")},
+    "no bias of projections": {"block": BlockStyle(proj_bias=False)},
+    "no bias of norms": {"block": BlockStyle(norm_bias=False)},
     "layer scale": {"block": BlockStyle(layer_scale=0.1)},
     "residual scale": {"block": BlockStyle(residual_scale=2.0)},
     "norm epsilon": {"block": BlockStyle(norm_eps=0.1)},
@@ -232,6 +236,7 @@ def test_errors(arguments: dict, says: str) -> None:
         ({"mlp": "relu"}, "mlp is 'relu'; expected gelu"),
         ({"layer_scale": 0.0}, r"layer_scale is 0\.0; expected more than 0"),
         ({"residual_scale": -1.0}, "residual_scale is -1"),
+        ({"qk_norm": True}, "qk_norm is True; expected layer, rms, rms_unscaled or null"),
     ],
 )
 def test_style_errors(arguments: dict, says: str) -> None:

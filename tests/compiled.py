@@ -1,0 +1,55 @@
+"""Trains compiled backbones on twenty packs each and says how often each was compiled."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from datamodules.batch import PackedImages
+from modules.backbones import NaViT, Positions, ViT
+from tests.packs import images, pack
+
+EVERY = Positions("learned2d", "every")
+NETWORKS: dict[str, Any] = {
+    "ViT": lambda: ViT("mu", 8, (32, 48), drop_path=0.1),
+    "ViT-map": lambda: ViT("mu", 8, 32, pooling="map", positions=EVERY, depth=1),
+    "ViT-sines": lambda: ViT("mu", 8, 32, pooling="avg", positions=Positions("sincos2d"), depth=1),
+    "NaViT": lambda: NaViT("mu", 8, drop_path=0.1),
+    "NaViT-query": lambda: NaViT("mu", 8, pooling="query", patch_norm=True, depth=1),
+}
+
+
+def mixed(seed: int, num_prefix: int) -> PackedImages:
+    """Other images in every pack, and now and then none; the shapes are always the same."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for row in range(3):
+        count = int(torch.randint(0 if row else 1, 4, (), generator=generator))
+        sides = torch.randint(1, 5, (count, 2), generator=generator)
+        rows.append(images([(8 * y, 8 * x) for y, x in sides.tolist()], seed=seed + row))
+    return pack(rows, 8, 54, 3, num_prefix)
+
+
+def compilations(name: str) -> int:
+    torch._dynamo.reset()
+    network: nn.Module = NETWORKS[name]()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(network, fullgraph=True, backend=counter)
+    for seed in range(20):
+        network.zero_grad()
+        compiled(mixed(seed, network.num_prefix_tokens)).pooled.square().sum().backward()
+        for parameter in network.parameters():
+            assert parameter.grad is None or torch.isfinite(parameter.grad).all()
+    count = counter.frame_count
+    network.eval()
+    batch = mixed(99, network.num_prefix_tokens)
+    expected = network(batch).pooled
+    torch.testing.assert_close(compiled(batch).pooled, expected, atol=1e-5, rtol=1e-5)
+    return count
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for each in NETWORKS:
+        print(each, compilations(each))
