@@ -142,8 +142,7 @@ class PackedDataModule(SourceDataModule):
         channels: 1 or 3 channels of the images.
         num_rows: rows of tokens in a batch of one device.
         row_length: tokens in a row, which is what an image may have at most.
-        max_images: images that a row has room for; null for three times as many as fill it on
-            average.
+        max_images: images that a row has room for; null for twice as many as fill it on average.
         buffer: images that wait to be packed; more of them fill rows better.
         resolution: how large images are in training.
         drop: which share of its patches an image loses in training.
@@ -232,7 +231,7 @@ class PackedDataModule(SourceDataModule):
         return Resolution("native", self.resolution.min_side, self.resolution.max_side)
 
     def layout_for(self, sizes: np.ndarray, resolution: Resolution, drop: TokenDrop) -> Layout:
-        """The shape of batches, with room for three times the images of a mean row."""
+        """The shape of batches, with room for twice the images of a mean row."""
         if self.needs is None:
             raise ValueError("no method said what its backbone takes (`fit_to`)")
         needs, slots = self.needs, self.max_images or 1
@@ -244,7 +243,7 @@ class PackedDataModule(SourceDataModule):
             _, kept = tokens_of(sizes, np.arange(len(sizes)), layout, resolution, drop, 0.0)
             most = self.row_length / (kept.mean() + layout.num_prefix)
             least = self.row_length // int(kept.min() + layout.num_prefix)
-            layout = layout._replace(slots=max(1, min(least, round(3 * most))))
+            layout = layout._replace(slots=max(1, min(least, round(2 * most))))
         return layout
 
     def plan_pass(self, number: int, progress: float | None = None) -> Pass:

@@ -6,8 +6,7 @@ until those are full. All of it is decided from the sizes of the images before o
 pure function of (seed, pass), the same on every rank.
 """
 
-from bisect import bisect_right, insort
-from collections import deque
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -165,9 +164,9 @@ def grids_of(
 def pack(lengths: Sequence[int], budget: int, slots: int, buffer: int) -> list[list[int]]:
     """Lay images of `lengths` tokens into rows: best fit over a bounded buffer.
 
-    The next `buffer` images wait; a row begins with the one that has waited longest, and then
-    takes the largest that still fits until none does. No image waits for ever, and large ones do
-    not have to be left for last.
+    Every image in turn goes into the open row in which it leaves the least room, or opens one.
+    When open rows hold more than `buffer` images the fullest is done. Images stay about in their
+    order, so that every part of a pass has large and small ones in their share.
 
     Returns:
         For every row the numbers of its images, at most `slots`; each image once.
@@ -177,29 +176,32 @@ def pack(lengths: Sequence[int], budget: int, slots: int, buffer: int) -> list[l
     """
     if len(lengths) and max(lengths) > budget:
         raise ValueError(f"an image of {max(lengths)} tokens does not fit a row of {budget}")
-    rows: list[list[int]] = []
-    waiting: list[tuple[int, int]] = []  # (length, -number): of one length the oldest is last
-    arrived: deque[int] = deque()
-    used = bytearray(len(lengths))
-    following = 0
-    while following < len(lengths) or waiting:
-        while following < len(lengths) and len(waiting) < buffer:
-            insort(waiting, (lengths[following], -following))
-            arrived.append(following)
-            following += 1
-        while used[arrived[0]]:
-            arrived.popleft()
-        place = bisect_right(waiting, (lengths[arrived[0]], -arrived[0])) - 1
-        row: list[int] = []
-        room = budget
-        while place >= 0 and len(row) < slots:
-            length, number = waiting.pop(place)
-            row.append(-number)
-            used[-number] = True
-            room -= length
-            place = bisect_right(waiting, (room, 1)) - 1
-        rows.append(row)
-    return rows
+    done: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (room, number) of open rows, the fullest first
+    open_rows: dict[int, list[int]] = {}
+    held = 0
+
+    def close(place: int) -> int:
+        row = open_rows.pop(rooms.pop(place)[1])
+        # Attention on a CPU joins neighbours of one length.
+        done.append(sorted(row, key=lengths.__getitem__))
+        return len(row)
+
+    for image, length in enumerate(lengths):
+        place = bisect_left(rooms, (length, 0))
+        room, number = rooms.pop(place) if place < len(rooms) else (budget, image)
+        row = open_rows.setdefault(number, [])
+        row.append(image)
+        held += 1
+        place = bisect_left(rooms, (room - length, number))
+        rooms.insert(place, (room - length, number))
+        if room == length or len(row) == slots:
+            held -= close(place)
+        while held > buffer:
+            held -= close(0)
+    while rooms:
+        close(0)
+    return done
 
 
 def spread(rows: list[list[int]], multiple: int) -> list[list[int]]:

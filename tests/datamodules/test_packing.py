@@ -43,10 +43,10 @@ def test_each_image_once_and_nothing_over_budget(
         assert all(len(row) <= slots for row in spread_rows)
     assert len(spread(rows, multiple)) % multiple == 0
     assert len(spread(rows, multiple)) < len(rows) + multiple
-    # Images wait in a buffer: none comes before one that arrived a buffer and more later was done.
-    place = {image: number for number, row in enumerate(rows) for image in row}
-    for image in range(len(lengths) - buffer):
-        assert place[image] <= place[image + buffer] + buffer
+    # What is not done by the time an image comes was held in the buffer: that one and its own row.
+    for number, row in enumerate(rows):
+        later = {image for after in rows[number + 1 :] for image in after}
+        assert sum(image <= max(row) for image in later) <= buffer
 
 
 def test_rows_are_split_before_any_is_empty() -> None:
@@ -69,8 +69,9 @@ def test_fill_rate(patch_size: int, drop: TokenDrop) -> None:
     planned = plan(scenes(10_000), 0, 0, layout, NATIVE, drop, buffer=256)
     fill = planned.kept.sum() / (len(planned.rows) * 1024)
     assert 0.985 < fill <= 1.0
-    naive = pack((planned.kept).tolist(), 1024, 256, buffer=1)  # next fit
-    assert len(naive) > 1.05 * len(planned.rows) or patch_size == 16
+    # Every part of the pass has its share of large images.
+    parts = np.array_split(np.array([planned.kept[row].mean() for row in planned.rows]), 4)
+    assert all(abs(part.mean() / np.concatenate(parts).mean() - 1) < 0.1 for part in parts)
 
 
 @settings(deadline=None, max_examples=25)
