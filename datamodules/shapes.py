@@ -92,7 +92,7 @@ def draw(name: str, height: int, width: int, frame: Frame) -> np.ndarray:
     return mask
 
 
-def texture(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
+def draw_texture(height: int, width: int, rng: np.random.Generator, strength: float) -> np.ndarray:
     """A float32 [height, width, 3] pattern: two waves around a random colour."""
     down, across = [], []  # sin(a + b) = sin a cos b + cos a sin b: no sine of every pixel
     for _ in range(2):
@@ -106,7 +106,7 @@ def texture(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
     if rng.random() < 0.5:  # stripes with hard edges
         value = np.sign(value) * np.float32(1.2)
     color = rng.uniform(0, 255, 3).astype(np.float32)
-    swing = rng.uniform(-45, 45, 3).astype(np.float32)
+    swing = (strength * rng.uniform(-45, 45, 3)).astype(np.float32)
     pixels: np.ndarray = value[:, :, None] * (np.float32(0.5) * swing)
     pixels += color
     return pixels
@@ -119,6 +119,8 @@ class Shapes:
         num_train, num_val: how many images.
         min_side, max_side: the square root of an image's area in pixels, uniform between them.
         max_aspect: width / height is log-uniform between 1 / max_aspect and max_aspect.
+        texture: strength of the waves on ground and object; 0 leaves plain colours, whose
+            outlines a small network learns in minutes.
 
     Raises:
         ValueError: sizes out of order or too small to show a shape.
@@ -136,6 +138,7 @@ class Shapes:
         min_side: int = 64,
         max_side: int = 64,
         max_aspect: float = 1.0,
+        texture: float = 1.0,
     ) -> None:
         refuse_root("shapes", root)
         if not 16 <= min_side <= max_side:
@@ -144,11 +147,13 @@ class Shapes:
             )
         if max_aspect < 1.0:
             raise ValueError(f"max_aspect is {max_aspect}; expected at least 1")
+        if texture < 0:
+            raise ValueError(f"texture is {texture}; expected 0 or more")
         if min(num_train, num_val) < 1:
             raise ValueError(f"num_train {num_train} and num_val {num_val}: expected at least 1")
         self.split, self.channels = split, channels
         self.length = num_train if split == "train" else num_val
-        self.sides, self.max_aspect = (min_side, max_side), max_aspect
+        self.sides, self.max_aspect, self.texture = (min_side, max_side), max_aspect, texture
 
     def __len__(self) -> int:
         return self.length
@@ -160,12 +165,13 @@ class Shapes:
         rng = self.generator(index)
         label = index % len(CLASSES)
         height, width = self.draw_size(rng)
-        image = texture(height, width, rng)
+        image = draw_texture(height, width, rng, self.texture)
         for _ in range(4):  # clutter
             spot = draw("disc", height, width, self.frame(height, width, rng, 0.03, 0.08))
             image[spot] = rng.uniform(0, 255, 3)
         mask = draw(CLASSES[label], height, width, self.frame(height, width, rng, 0.26, 0.42))
-        np.copyto(image, texture(height, width, rng), where=mask[:, :, None])
+        inside = draw_texture(height, width, rng, self.texture)
+        np.copyto(image, inside, where=mask[:, :, None])
         image += 8 * rng.standard_normal(image.shape, dtype=np.float32)
         pixels = with_channels(image.clip(0, 255, out=image).astype(np.uint8), self.channels)
         return Example(pixels, label, mask)

@@ -68,7 +68,7 @@ def evaluate(
             points.append(Point(side, self.datamodule.eval_tokens, float(found[metric])))
 
     config = ["--config", str(run / "config.yaml"), "--ckpt_path", str(weights)]
-    sys.argv[1:] = ["validate", *config, "--verbose=false", *options]
+    sys.argv[1:] = ["validate", *config, *options]
     Sides()
     return points
 

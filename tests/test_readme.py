@@ -47,6 +47,7 @@ def test_every_link_leads_somewhere_and_no_figure_is_missing() -> None:
 def test_nothing_is_left_out_here() -> None:
     tested = ("pip", "mkdir -p data/Fashion", "patchlight check-data", "patchlight validate")
     tested += ("patchlight inspect", "patchlight export", "patchlight sweep")
+    tested += ("patchlight resolutions",)
     for line in COMMANDS:
         assert line.startswith((*tested, "patchlight fit --resume", "patchlight fit --config"))
 
@@ -54,7 +55,9 @@ def test_nothing_is_left_out_here() -> None:
 @pytest.mark.slow
 def test_train_resume_and_validate(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
-    first = patchlight(*command("patchlight fit --config experiments/quick"), *SHORT, cwd=tmp_path)
+    first = patchlight(
+        *command("patchlight fit --config experiments/quickstart/supervised"), *SHORT, cwd=tmp_path
+    )
     assert first.returncode == 0, first.stderr
     for start in ("patchlight fit --resume", "patchlight validate"):
         done = patchlight(*command(start), *SHORT[1:], cwd=tmp_path)
@@ -67,6 +70,20 @@ def test_train_resume_and_validate(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     table = tmp_path / "runs" / "sweep" / "supervised" / "table.md"
     assert [line.split(" | ")[0] for line in table.open()][2:] == ["| none", "| sincos2d"]
+
+
+@pytest.mark.slow
+def test_packs_and_resolutions(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
+    fit = command("patchlight fit --config experiments/quickstart/navit")
+    small = ["--data.init_args.num_workers=0", "--data.init_args.source_args.num_train=200"]
+    done = patchlight(*fit, *QUICK, *SHORT, *small, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = patchlight(*command("patchlight resolutions"), *SHORT[1:], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "quickstart" / "navit" / "version_0"
+    assert len((run / "resolutions.md").read_text().splitlines()) == 2 + 4
+    assert (run / "resolutions.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow
