@@ -26,12 +26,16 @@ class Needs(NamedTuple):
     num_prefix_tokens: tokens of every image before its patches
     image_size:        (height, width) it is made for, None for any
     max_grid:          most patches along a side of a packed image, None for any number
+    in_channels:       channels of its images
+    takes_packs:       whether it takes packs of images of any size
     """
 
     patch_size: int
     num_prefix_tokens: int
     image_size: tuple[int, int] | None
     max_grid: int | None
+    in_channels: int
+    takes_packs: bool
 
 
 def limited(length: int, limit: float) -> int:
@@ -90,7 +94,16 @@ class SourceDataModule(LightningDataModule):
         self.unreadable: dict[Split, Unreadable] = {"train": Unreadable(), "val": Unreadable()}
 
     def fit_to(self, needs: Needs) -> None:
-        """Learn what the backbone takes; before the loaders are made."""
+        """Learn what the backbone takes; before the loaders are made.
+
+        Raises:
+            ValueError: images of other channels than it takes.
+        """
+        if needs.in_channels != self.channels:
+            raise ValueError(
+                f"data.init_args.channels is {self.channels}, but the backbone takes images of "
+                f"{needs.in_channels}; set its in_channels or the data's channels"
+            )
         self.needs = needs
 
     def check_shares(self, *names: str) -> None:

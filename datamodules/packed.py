@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules.augment import normalize
 from datamodules.batch import PackedBatch, PackedImages
-from datamodules.geometry import Augment, Box, Interpolation, crop_and_resize, draws
+from datamodules.geometry import Augment, Box, Interpolation, center_crop, crop_and_resize, draws
 from datamodules.module import IMAGENET_MEAN, IMAGENET_STD, Needs, SourceDataModule, limited
 from datamodules.packing import (
     Layout,
@@ -33,7 +33,11 @@ from datamodules.unreadable import read_example
 
 @dataclass(frozen=True)
 class Cut:
-    """An image to patches: an aspect-keeping random crop, a flip, resizing, RandAugment."""
+    """An image to patches: an aspect-keeping random crop, a flip, resizing, RandAugment.
+
+    What is not of the aspect it was planned with (it stands in for an unreadable image, or the
+    file has changed) is cropped to it first.
+    """
 
     patch_size: int
     interpolation: Interpolation
@@ -46,6 +50,7 @@ class Cut:
     ) -> tuple[UInt8[Tensor, "kept e"], Int[Tensor, "kept 2"]]:
         """Patches [kept, c * patch * patch] and their rows and columns, in reading order."""
         rng, side = draws(request.key), self.patch_size
+        image = of_aspect(image, request.grid)
         height, width = image.shape[:2]
         scale = rng.uniform(*self.crop_scale) ** 0.5
         h, w = max(1, round(height * scale)), max(1, round(width * scale))
@@ -65,6 +70,15 @@ class Cut:
             chosen = torch.from_numpy(np.sort(rng.permutation(len(chosen))[: request.kept]))
         places = torch.stack((chosen // columns, chosen % columns), dim=1)
         return patches[chosen], places
+
+
+def of_aspect(image: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """The centre of an image with the aspect of a grid, where whole patches do not explain it."""
+    (rows, columns), (height, width) = grid, image.shape[:2]
+    if (rows - 0.5) / (columns + 1) <= height / width <= (rows + 1) / (columns - 0.5):
+        return image
+    box = center_crop(height, width, grid, 1.0)
+    return image[box.top : box.top + box.height, box.left : box.left + box.width]
 
 
 class PackedDataset(Dataset[PackedBatch]):
@@ -203,6 +217,7 @@ class PackedDataModule(SourceDataModule):
             raise ValueError(f"crop_scale is {crop_scale}; expected 0 < low <= high <= 1")
         self.rand_augment = self.make_rand_augment(rand_augment)
         self.starts: list[int] = [0]
+        self.share_of_pass = 1.0  # that an epoch takes
 
     def prepare_data(self) -> None:
         """On one process: download, index, and measure images for the others to know."""
@@ -215,9 +230,14 @@ class PackedDataModule(SourceDataModule):
         """Take the backbone's patch size and prefix tokens.
 
         Raises:
-            ValueError: rows that are too short for one patch.
+            ValueError: rows that are too short for one patch, a backbone that takes no packs.
         """
         super().fit_to(needs)
+        if not needs.takes_packs:
+            raise ValueError(
+                "the backbone has relative positions, which need images of one size; choose "
+                "another kind of positions, or ImageDataModule"
+            )
         if self.row_length <= needs.num_prefix_tokens:
             raise ValueError(
                 f"data.init_args.row_length is {self.row_length}, but an image takes "
@@ -265,7 +285,7 @@ class PackedDataModule(SourceDataModule):
                 f"drop.last is {self.drop.last}, and only trainer.max_epochs says when the last "
                 f"pass is; set it"
             )
-        return min(1.0, number / max(1, passes - 1))
+        return min(1.0, number / max(1.0, passes * self.share_of_pass - 1))
 
     def accumulate(self) -> int:
         return 1 if self.trainer is None else int(self.trainer.accumulate_grad_batches)
@@ -279,20 +299,35 @@ class PackedDataModule(SourceDataModule):
         first = self.plan_pass(0)
         length = len(first.rows) // (self.num_rows * world_size)
         self.warn_of_padding(first)
+        self.check_reduced(self.train_sizes, self.train_layout, self.resolution)
+        total = checksum(first)
         if self.drop.last != 1.0:  # passes grow longer: an epoch is as long as they are on average
+            self.drop_progress(1)
             last = self.plan_pass(0, 1.0)
+            total ^= checksum(last)
             steps = (len(first.rows) + len(last.rows)) / 2 / len(first.rows) * length
             length = max(1, round(steps / self.accumulate())) * self.accumulate()
         per_epoch = limited(length, limit)
-        self.check_resumed(
-            {
-                "images": len(self.train_source),
-                "rows in a global batch": self.num_rows * world_size,
-                "batches in an optimizer step": self.accumulate(),
-                "batches in an epoch": per_epoch,
-                "checksum of sizes and packing": checksum(first),
-            }
-        )
+        if per_epoch % self.accumulate():
+            raise ValueError(
+                f"trainer.limit_train_batches leaves {per_epoch} batches an epoch, which are no "
+                f"whole optimizer steps of {self.accumulate()} (trainer.accumulate_grad_batches)"
+            )
+        self.share_of_pass = per_epoch / length
+        order = {
+            "images": len(self.train_source),
+            "rows in a global batch": self.num_rows * world_size,
+            "batches in an optimizer step": self.accumulate(),
+            "batches in an epoch": per_epoch,
+            "checksum of sizes and packing": total,
+        }
+        if self.drop.last != 1.0:
+            assert self.trainer is not None
+            order["trainer.max_epochs, which the drop schedule spans"] = (
+                self.trainer.max_epochs or 0
+            )
+        self.check_agreed(total)
+        self.check_resumed(order)
         sampler = PackedBatches(
             *(self.plan_pass, self.starts, self.num_rows, rank, world_size, self.accumulate()),
             *(length, batches_done, per_epoch, len(self.train_source) / (length * world_size)),
@@ -313,13 +348,56 @@ class PackedDataModule(SourceDataModule):
         steps = len(planned.rows) / (self.num_rows * self.place()[1] * self.accumulate())
         if padding > 0.1 and steps > 5:  # the last step of few images is bound to be padded
             full = sum(len(row) == layout.slots for row in planned.rows) > len(planned.rows) / 2
-            fix = "raise data.init_args.max_images" if full else "another data.init_args.row_length"
+            more = full and self.max_images is not None
+            fix = (
+                "a larger data.init_args.max_images"
+                if more
+                else "another data.init_args.row_length"
+            )
             rank_zero_warn(f"{100 * padding:.0f} % of all tokens are padding; {fix} wastes less")
+
+    def check_agreed(self, total: int) -> None:
+        """Ranks that planned differently would use images twice or never, or hang."""
+        if self.trainer is None or self.trainer.world_size == 1:
+            return
+        strategy = self.trainer.strategy
+        if not strategy.reduce_boolean_decision(strategy.broadcast(total) == total, all=True):
+            raise ValueError(
+                "the devices see images of different sizes, so they would not train on the same "
+                "plan; delete the caches (PATCHLIGHT_CACHE) of all machines and look for images "
+                "that only some of them can read"
+            )
+
+    def check_reduced(self, sizes: np.ndarray, layout: Layout, resolution: Resolution) -> None:
+        """Images that a row or the positions cannot hold get fewer patches than asked for.
+
+        Raises:
+            ValueError: more than a hundredth of the images, where `eval_side` asks for their size.
+        """
+        keys, free = np.arange(len(sizes)), layout._replace(row_length=10**9, max_grid=None)
+        asked, given = (
+            tokens_of(sizes, keys, shape, resolution, TokenDrop(), 0.0)[0].prod(axis=1)
+            for shape in (free, layout)
+        )
+        share = float((asked != given).mean())
+        if share > 0.01:
+            message = (
+                f"{100 * share:.0f} % of the images are reduced below the side that was asked for: "
+                f"they have up to {asked.max() + layout.num_prefix} tokens, but "
+                f"data.init_args.row_length is {layout.row_length}"
+            )
+            if layout.max_grid is not None:
+                message += f" and the positions reach {layout.max_grid} patches along a side"
+            if resolution.min_side == resolution.max_side:
+                raise ValueError(message)
+            rank_zero_warn(message)
 
     def val_dataloader(self) -> DataLoader[PackedBatch]:
         sizes, resolution = measure(self.val_source), self.eval_resolution()
         layout = self.layout_for(sizes, resolution, TokenDrop())
+        self.check_reduced(sizes, layout, resolution)
         planned = plan_evaluation(sizes, layout, resolution, self.buffer)
+        self.check_agreed(checksum(planned))
         self.eval_tokens = float(planned.kept.mean()) + layout.num_prefix
         sampler = PackedEvalBatches(planned, self.num_rows, *self.place())
         cut = Cut(layout.patch_size, self.interpolation)

@@ -6,6 +6,7 @@ until those are full. All of it is decided from the sizes of the images before o
 pure function of (seed, pass), the same on every rank.
 """
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,8 +55,13 @@ class Resolution:
                 f"resolution has min_side {self.min_side} and max_side {self.max_side}; expected "
                 f"1 <= min_side <= max_side"
             )
-        if self.std <= 0:
+        if not 0 < self.std < math.inf:
             raise ValueError(f"resolution.std is {self.std}; expected more than 0")
+        if not ndtr((1 - self.mean) / self.std) - ndtr((-1 - self.mean) / self.std) > 1e-6:
+            raise ValueError(
+                f"resolution.mean {self.mean} and std {self.std} leave nothing within the range; "
+                f"in their units min_side is -1 and max_side is 1"
+            )
         if self.kind != "truncated_normal" and (self.mean, self.std) != (-0.5, 1.0):
             raise ValueError(
                 f"resolution.mean and std are of the truncated normal; kind is {self.kind!r}"
@@ -112,6 +118,8 @@ class TokenDrop:
                 f"drop.largest_rate is {self.largest_rate} and kind is {self.kind!r}; it belongs "
                 f"to kind resolution, which needs it"
             )
+        if self.last != 1.0 and self.rate == 0.0 and not self.largest_rate:
+            raise ValueError(f"drop.last is {self.last}, but nothing is dropped; set drop.rate")
         if self.kind == "constant" and self.std != 0:
             raise ValueError(f"drop.std is {self.std}, but a constant rate has none; remove it")
         if self.std < 0:
@@ -154,7 +162,7 @@ def grids_of(
     excess = np.sqrt(np.maximum(1.0, grids.prod(axis=1) / most))
     if max_grid is not None:
         excess = np.maximum(excess, grids.max(axis=1) / max_grid)
-    shrunk = np.maximum(1, np.floor(grids / excess[:, None]))
+    shrunk = np.maximum(1, np.floor(grids / excess[:, None] + 1e-9))
     fitting: np.ndarray = np.where((excess > 1.0)[:, None], shrunk, grids)
     longest = most if max_grid is None else min(most, max_grid)  # beside a side of one patch
     grids_within: np.ndarray = np.minimum(fitting, longest).astype(np.int64)
@@ -285,7 +293,10 @@ def plan(
     buffer: int = 256,
     multiple: int = 1,
 ) -> Pass:
-    """Pass `number` over images of `sizes` [n, 2], in a number of rows divisible by `multiple`."""
+    """Pass `number` over images of `sizes` [n, 2], in a number of rows divisible by `multiple`.
+
+    Takes about five seconds for the 1.28 million images of ImageNet.
+    """
     items = epoch_order(len(sizes), seed, number)
     keys = fold_each(seed, number, items=items)
     grids, kept = tokens_of(sizes[items], keys, layout, resolution, drop, progress)

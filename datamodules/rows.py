@@ -58,7 +58,7 @@ class PackedBatches(Batches[list[Row]]):
         num_rows: rows in a batch of one rank.
         rank, world_size: which slice of each global batch is ours.
         accumulate: batches in an optimizer step.
-        length, batches_done, batches_per_epoch: see `Batches`.
+        length, batches_done, batches_per_epoch: see `Batches`; whole optimizer steps.
         batch_size: images in a batch of one rank, on average.
     """
 
@@ -91,6 +91,7 @@ class PackedBatches(Batches[list[Row]]):
             end = self.starts[number] + count
             if number + 1 == len(self.starts):
                 self.starts.append(end)
+            assert self.starts[number + 1] == end, "a pass is not what it was"
             if batch < end:
                 return self.planned[1], batch - self.starts[number]
             number += 1
@@ -98,7 +99,7 @@ class PackedBatches(Batches[list[Row]]):
     def batches(self, epoch: int, first: int) -> Iterator[list[Row]]:
         rows = self.num_rows * self.world_size
         for start in range(first - first % self.accumulate, self.per_epoch, self.accumulate):
-            step = range(start, min(start + self.accumulate, self.per_epoch))
+            step = range(start, start + self.accumulate)
             found = [self.pass_at(epoch * self.per_epoch + batch) for batch in step]
             images = sum(
                 len(row)

@@ -28,21 +28,31 @@ class Point(NamedTuple):
     value: float
 
 
+def files_of(run: Path, checkpoint: str) -> tuple[Path, Path]:
+    """The config and the checkpoint of a run."""
+    config, weights = run / "config.yaml", run / "checkpoints" / f"{checkpoint}.ckpt"
+    for file in (config, weights):
+        if not file.is_file():
+            raise ValueError(f"{file}: no such file; {run} was given as a run directory")
+    return config, weights
+
+
 def evaluate(
-    run: Path, sides: Sequence[int], metric: str, checkpoint: str, options: Sequence[str]
-) -> list[Point]:
-    """Evaluate a run at every side.
+    run: Path,
+    sides: Sequence[int],
+    metric: str,
+    checkpoint: str,
+    options: Sequence[str],
+    points: list[Point],
+) -> None:
+    """Evaluate a run at every side, adding to `points`.
 
     Raises:
         ValueError: no run, no such checkpoint or metric, a side that the backbone does not take.
     """
     from experiments.cli import PatchlightCLI  # which knows this verb
 
-    weights = run / "checkpoints" / f"{checkpoint}.ckpt"
-    for file in (run / "config.yaml", weights):
-        if not file.is_file():
-            raise ValueError(f"{file}: no such file; expected a run directory, such as runs/NAME/0")
-    points: list[Point] = []
+    config, weights = files_of(run, checkpoint)
 
     class Sides(PatchlightCLI):
         """Validates once more for every further side."""
@@ -67,10 +77,11 @@ def evaluate(
                 raise ValueError(f"{run} has no metric {metric!r}; it has {known}")
             points.append(Point(side, self.datamodule.eval_tokens, float(found[metric])))
 
-    config = ["--config", str(run / "config.yaml"), "--ckpt_path", str(weights)]
-    sys.argv[1:] = ["validate", *config, *options]
+    # One device: further processes would be started with a command that knows one side only.
+    one = ["--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto"]
+    given = ["--config", str(config), "--ckpt_path", str(weights)]
+    sys.argv[1:] = ["validate", *given, *options, *one]
     Sides()
-    return points
 
 
 def draw(curves: dict[str, list[Point]], metric: str, out: Path) -> None:
@@ -123,7 +134,8 @@ def resolutions(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="patchlight resolutions",
         description=(__doc__ or "").splitlines()[0],
-        epilog="Every other option is one of `patchlight validate`.",
+        epilog="Every other option is one of `patchlight validate` and comes after the runs; "
+        "one device is used.",
         allow_abbrev=False,
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
@@ -132,21 +144,31 @@ def resolutions(argv: Sequence[str]) -> int:
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
     given, options = parser.parse_known_args(argv)
     sides = parse_sides(given.sides)
-    curves = {
-        str(run): evaluate(run, sides, given.metric, given.checkpoint, options)
-        for run in given.runs
-    }
-    header = ["run", "side", "tokens an image", given.metric]
+    for run in given.runs:
+        files_of(run, given.checkpoint)
+    curves: dict[str, list[Point]] = {str(run): [] for run in given.runs}
+    try:
+        for run in given.runs:
+            points = curves[str(run)]
+            evaluate(run, sides, given.metric, given.checkpoint, options, points)
+    finally:  # what was evaluated before an error is kept
+        report(curves, given.metric, given.runs[0])
+    return 0
+
+
+def report(curves: dict[str, list[Point]], metric: str, out: Path) -> None:
+    """Print the table, and write it and the picture into `out`."""
+    header = ["run", "side", "tokens an image", metric]
     rows = [
         [name, str(p.side), f"{p.tokens:.1f}", f"{p.value:.4f}"]
         for name, points in curves.items()
         for p in points
     ]
-    out = given.runs[0]
+    if not rows:
+        return
     (out / "resolutions.md").write_text(markdown(header, rows), encoding="utf-8")
-    draw(curves, given.metric, out / "resolutions.png")
+    draw(curves, metric, out / "resolutions.png")
     table = Table(*header, title=f"also in {out / 'resolutions.md'} and .png")
     for row in rows:
         table.add_row(*row)
     Console(highlight=False).print(table)
-    return 0

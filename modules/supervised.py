@@ -313,5 +313,11 @@ class Supervised(LightningModule):
 
 def needs_of(backbone: Backbone) -> Needs:
     """What a data module has to know of a backbone."""
-    size, prefix = backbone.image_size, backbone.num_prefix_tokens
-    return Needs(backbone.patch_size, prefix, size, backbone.max_grid)
+    return Needs(
+        patch_size=backbone.patch_size,
+        num_prefix_tokens=backbone.num_prefix_tokens,
+        image_size=backbone.image_size,
+        max_grid=backbone.max_grid,
+        in_channels=backbone.in_channels,
+        takes_packs=backbone.takes_packs,
+    )

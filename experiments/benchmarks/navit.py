@@ -11,11 +11,12 @@ pixels that are in memory already; every network has the same width, depth and h
     dense          our ViT on square images of 196 tokens, as many tokens in all
 
 A step is forward, cross-entropy, backward and fused AdamW. Tokens are patches of images: padding
-counts for nothing. The arms take turns round by round, each on as many tokens, in another order
-each time. On a GPU in bfloat16 autocast, on a CPU in float32.
+counts for nothing. The arms take turns round by round, in another order each time.
+On a GPU in bfloat16 autocast, on a CPU in float32.
 """
 
 import argparse
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -153,6 +154,7 @@ def naflex(variant: str, images: list[Tensor], tokens: int, device: torch.device
         for bucket in BUCKETS
         for batch in padded(images, bucket, tokens)
     ]
+    random.Random(0).shuffle(batches)  # all buckets in their share
 
     def on(batch: dict[str, Tensor]) -> int:
         labels = torch.arange(len(batch["patches"]), device=device) % CLASSES
@@ -178,7 +180,7 @@ def padded(images: list[Tensor], bucket: int, tokens: int) -> list[dict[str, Ten
             rows.append((F.pad(patches, (0, 0, 0, rest)), F.pad(places, (0, 0, 0, rest)), is_valid))
     count = max(1, tokens // bucket)
     found = []
-    for start in range(0, max(1, len(rows) - count + 1), count):
+    for start in range(0, len(rows) - count + 1, count):
         columns = [torch.stack(column) for column in zip(*rows[start : start + count], strict=True)]
         found.append(dict(zip(("patches", "patch_coord", "patch_valid"), columns, strict=True)))
     return found
@@ -260,7 +262,7 @@ def main() -> None:
         ),
         "dense": dense(given.variant, given.tokens, device),
     }
-    repeats = 12 if device.type == "cuda" else 3  # of each arm in a round; three buckets
+    repeats = 12 if device.type == "cuda" else 4  # of each arm in a round
     rates: dict[str, list[float]] = {name: [] for name in arms}
     names = list(arms)
     for turn in range(given.rounds + 1):

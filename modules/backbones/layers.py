@@ -44,6 +44,7 @@ class Backbone(nn.Module):
     num_prefix_tokens:  tokens before the patches (class and distillation token, registers)
     num_layers:         depth L, for layer-wise learning-rate decay
     image_size:         (height, width) in pixels it was built for; None where any size is alike
+    takes_packs:        takes packs of images of any size
     max_grid:           largest number of patches along a side of an image in a pack; None for no
                         limit. What makes packs asks for it and refuses larger images: on an
                         accelerator a network that waits for no tensor's value cannot
@@ -56,6 +57,7 @@ class Backbone(nn.Module):
     num_layers: int
     image_size: tuple[int, int] | None
     max_grid: int | None
+    takes_packs: bool = True
     in_channels: int
 
     def forward(self, images: Float[Tensor, "b c height width"] | Packed) -> Features:
@@ -68,7 +70,7 @@ class Backbone(nn.Module):
             name
             for name, _ in self.named_parameters()
             if name in tokens
-            or name.startswith(("positions.", "relative."))
+            or (name.startswith(("positions.", "relative.")) and ".linear." not in name)
             or name.endswith(("q_norm.gamma", "k_norm.gamma"))
         )
 

@@ -142,6 +142,7 @@ class ViT(Backbone):
         self.image_size, self.in_channels = (height, width), in_channels
         self.pooling, self.grid = pooling, (height // patch_size, width // patch_size)
         self.max_grid = None if positions.kind == "none" else MAX_GRID
+        self.takes_packs = positions.kind != "relative"
         prefix = self.num_prefix_tokens = class_token + distillation_token + num_registers
 
         self.patch_embed = PatchEmbed(patch_size, in_channels, dim)

@@ -15,12 +15,13 @@ from datamodules import PackedDataModule
 from datamodules.batch import PackedBatch
 from datamodules.geometry import Box, crop_and_resize
 from datamodules.module import Needs
+from datamodules.packed import Cut, of_aspect
 from datamodules.packing import Resolution, TokenDrop
-from datamodules.rows import PackedBatches
+from datamodules.rows import PackedBatches, Request
 from tests.datamodules.test_folder import tree
 
 SCENES = {"num_train": 60, "num_val": 23, "min_side": 24, "max_side": 64, "max_aspect": 3.0}
-NEEDS = Needs(patch_size=8, num_prefix_tokens=2, image_size=None, max_grid=None)
+NEEDS = Needs(8, 2, image_size=None, max_grid=None, in_channels=3, takes_packs=True)
 
 
 def data(needs: Needs = NEEDS, **changes: Any) -> PackedDataModule:
@@ -51,7 +52,15 @@ class Place:
         self.total = self
         self.ready = done
         self.use_distributed_sampler = False
+        self.strategy = self
+        self.others: int | None = None  # what the first rank planned, where it is not the same
         self._accelerator_connector = self
+
+    def broadcast(self, value: int) -> int:
+        return value if self.others is None else self.others
+
+    def reduce_boolean_decision(self, decision: bool, all: bool) -> bool:
+        return decision
 
 
 def at(place: Place, **changes: Any) -> PackedDataModule:
@@ -236,10 +245,11 @@ def test_a_resumed_run_goes_on_with_the_same_batches(accumulate: int) -> None:
     state = module.state_dict()
     for done in (1, length - 1, length, length + 2, 3 * length + 1):
         resumed = at(Place(0, 1, accumulate, done), **changes)
-        resumed.load_state_dict(state | {"starts": state["starts"][:2]})
+        resumed.load_state_dict(state | {"starts": state["starts"][: 2 + done % 4]})
         rest = list(epochs(resumed, 4, first=done // length))
         assert len(rest) == len(whole) - done
         assert all(same(a, b) for a, b in zip(rest, whole[done:], strict=True)), done
+        assert resumed.starts[: len(state["starts"])] == state["starts"][: len(resumed.starts)]
 
 
 def test_workers_change_nothing() -> None:
@@ -287,8 +297,10 @@ def test_evaluation_has_its_own_resolution() -> None:
 
 
 def test_a_row_has_room_for_what_fills_it() -> None:
-    with pytest.warns(UserWarning, match=r"padding; raise data.init_args.max_images"):
+    with pytest.warns(UserWarning, match=r"padding; a larger data.init_args.max_images"):
         data(max_images=2).train_dataloader()
+    few, many = (len(data(max_images=n).train_dataloader()) for n in (2, 6))
+    assert few > 1.2 * many  # as the warning says
     with pytest.warns(UserWarning, match=r"padding; another data.init_args.row_length"):
         data(row_length=35, resolution=Resolution("native", 32, 32)).train_dataloader()
     loader = data(max_images=40).train_dataloader()
@@ -305,7 +317,7 @@ def test_an_image_that_is_too_long_for_a_row_is_reduced() -> None:
 
 
 def test_the_limit_of_the_positions_is_kept() -> None:
-    module = data(NEEDS._replace(max_grid=5), resolution=Resolution("native", 64, 64))
+    module = data(NEEDS._replace(max_grid=5), resolution=Resolution("native", 63, 64))
     assert max(int(b.images.grids.max()) for b in module.train_dataloader()) == 5
 
 
@@ -322,6 +334,79 @@ def test_a_resumed_run_with_another_packing_is_refused() -> None:
         resumed.load_state_dict(state)
         with pytest.raises(ValueError, match=message):
             resumed.train_dataloader()
+
+
+def test_a_drop_schedule_over_other_epochs_is_refused() -> None:
+    module = at(Place(0, 1), drop=TokenDrop(rate=0.5, last=0.0))
+    list(epochs(module, 2))
+    resumed = at(Place(0, 1, done=5), drop=TokenDrop(rate=0.5, last=0.0))
+    resumed.load_state_dict(module.state_dict())
+    resumed.trainer.max_epochs = 8  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match=r"the drop schedule spans: 4 in the run .* now 8"):
+        resumed.train_dataloader()
+    other = at(Place(0, 1, done=5), drop=TokenDrop(rate=0.5, last=0.1))
+    other.load_state_dict(module.state_dict())
+    with pytest.raises(ValueError, match=r"batches in an epoch|checksum of sizes"):
+        other.train_dataloader()
+
+
+def test_a_schedule_ends_with_the_run_where_epochs_are_cut_short() -> None:
+    module = at(Place(0, 1), drop=TokenDrop(rate=0.5, last=0.0))
+    module.trainer.limit_train_batches = 3  # type: ignore[union-attr]
+    length = len(module.train_dataloader())
+    passes = 4 * 3 / length
+    assert module.drop_progress(1) == pytest.approx(min(1.0, 1 / max(1.0, passes - 1)))
+
+
+def test_part_of_an_optimizer_step_is_refused() -> None:
+    module = at(Place(0, 1, accumulate=2))
+    module.trainer.limit_train_batches = 3  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="3 batches an epoch, which are no whole optimizer steps"):
+        module.train_dataloader()
+
+
+def test_ranks_that_see_other_sizes_are_told() -> None:
+    module = at(Place(1, 2))
+    module.trainer.others = 123  # type: ignore[union-attr]
+    for loader in (module.train_dataloader, module.val_dataloader):
+        with pytest.raises(ValueError, match="the devices see images of different sizes"):
+            loader()
+
+
+def test_a_side_that_cannot_be_had_is_refused_in_evaluation() -> None:
+    with pytest.raises(ValueError, match=r"are reduced .* tokens, but .*row_length is 128"):
+        data(eval_side=256).val_dataloader()
+    near = data(NEEDS._replace(max_grid=4), eval_side=64)
+    with pytest.raises(ValueError, match="the positions reach 4 patches along a side"):
+        near.val_dataloader()
+    with pytest.warns(UserWarning, match="are reduced below the side that was asked for"):
+        data(row_length=20).train_dataloader()
+
+
+def test_an_image_of_another_aspect_than_planned_is_cropped_to_it() -> None:
+    image = np.zeros((30, 90, 3), np.uint8)
+    image[:, 40:50] = 200  # the centre is all that a narrow grid shows
+    assert of_aspect(image, (3, 9)).shape == (30, 90, 3)
+    assert of_aspect(image, (1, 4)).shape == (30, 90, 3)  # whole patches explain it
+    narrow = of_aspect(image, (9, 3))
+    assert narrow.shape == (30, 10, 3)
+    assert (narrow == 200).all()
+    patches, _ = Cut(4, "bilinear")(image, Request(0, 0, (9, 3), 27))
+    assert (patches == 200).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"in_channels": 1}, "channels is 3, but the backbone takes images of 1"),
+        ({"takes_packs": False}, "relative positions, which need images of one size"),
+    ],
+)
+def test_what_a_backbone_does_not_take_is_refused_before_anything_is_read(
+    change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        data(NEEDS._replace(**change))
 
 
 def test_an_unreadable_image_is_replaced_in_its_place(tmp_path: Path) -> None:

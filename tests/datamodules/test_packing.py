@@ -116,6 +116,9 @@ def test_grids_keep_the_aspect_and_the_area() -> None:
     assert few.prod(axis=1).mean() > 80
     narrow = grids_of(np.array([[10, 4000], [4000, 10], [0, 0]]), np.full(3, 64.0), 8, 50, 20)
     assert narrow.tolist() == [[1, 20], [20, 1], [7, 7]]
+    for side in range(1, 60):  # rounding loses no patch
+        capped = grids_of(np.array([[1, 10_000]]), np.array([640.0]), 8, 4096, side)
+        assert capped.tolist() == [[1, side]]
     tiny = grids_of(np.array([[3, 3]]), np.array([1.0]), 8, 50, None)
     assert tiny.tolist() == [[1, 1]]
 
@@ -182,6 +185,9 @@ def test_a_plan_of_an_evaluation_is_in_order_and_complete() -> None:
         (Resolution, {"min_side": 9, "max_side": 8}, "min_side 9 and max_side 8"),
         (Resolution, {"kind": "truncated_normal", "std": 0.0}, "std is 0.0"),
         (Resolution, {"mean": 0.0}, "mean and std are of the truncated normal; kind is 'native'"),
+        (Resolution, {"kind": "truncated_normal", "mean": 160.0}, "leave nothing within the range"),
+        (Resolution, {"kind": "truncated_normal", "mean": math.nan}, "leave nothing within"),
+        (TokenDrop, {"last": 0.5}, "drop.last is 0.5, but nothing is dropped"),
         (TokenDrop, {"kind": "some"}, "drop.kind is 'some'"),
         (TokenDrop, {"rate": 1.0}, "drop.rate is 1.0"),
         (TokenDrop, {"kind": "resolution", "rate": 0.1}, "largest_rate is None"),

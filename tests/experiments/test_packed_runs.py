@@ -123,10 +123,12 @@ def test_resolutions_of_two_runs(tmp_path: Path, whole: Path) -> None:
     done = patchlight(*command, "val/nothing", "--checkpoint", "last", cwd=tmp_path)
     assert done.returncode == 1
     assert "has no metric 'val/nothing'; it has" in done.stderr
-    done = patchlight("resolutions", str(square), "--sides", "18", cwd=tmp_path)
+    (square / "resolutions.md").unlink()
+    done = patchlight("resolutions", str(square), "--sides", "16,18", cwd=tmp_path)
     assert done.returncode == 1
     assert "not divisible by patch_size 4" in done.stderr
-    done = patchlight("resolutions", "nowhere", "--sides", "16", cwd=tmp_path)
+    assert len((square / "resolutions.md").read_text().splitlines()) == 3  # what came before
+    done = patchlight("resolutions", str(square), "nowhere", "--sides", "16", cwd=tmp_path)
     assert done.returncode == 1
     assert "nowhere/config.yaml: no such file" in done.stderr
 
