@@ -74,7 +74,7 @@ def test_shapes(split: str, smallest: int, largest: int, aspect: float) -> None:
 
 
 def test_shapes_paints_nothing_to_know_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("datamodules.shapes.texture")
+    monkeypatch.delattr("datamodules.shapes.draw_texture")
     assert measure(Shapes("train", None, 1, num_train=70)).shape == (70, 2)
 
 
@@ -239,6 +239,7 @@ def test_a_bar_is_shown_when_it_takes_long(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    monkeypatch.setenv("TERM", "xterm")
     measure(Digits("val", None, 1))
     assert capsys.readouterr() == ("", "")
     monkeypatch.setattr(datamodules.sizes, "PATIENCE", 0.0)

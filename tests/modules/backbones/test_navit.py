@@ -171,7 +171,9 @@ def test_positions_matter_and_learn(how: FactorisedPositions) -> None:
     out.square().sum().backward()
     tables = {n: p for n, p in network.named_parameters() if n.startswith("positions.")}
     assert bool(tables) == (how.kind != "sinusoidal")
-    assert set(tables) <= network.no_weight_decay()
+    matrices = {n for n in tables if ".linear." in n}  # decay like any other weight matrix
+    assert bool(matrices) == (how.kind == "fourier")
+    assert tables.keys() & network.no_weight_decay() == tables.keys() - matrices
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.any(), name
