@@ -1,10 +1,11 @@
 """What data modules over a source share: opening it, its loaders, its unreadable images."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -36,6 +37,11 @@ class Needs(NamedTuple):
     max_grid: int | None
     in_channels: int
     takes_packs: bool
+
+    @classmethod
+    def of(cls, backbone: Any) -> "Needs":
+        """Those of a backbone, which has attributes of these names."""
+        return cls(*(getattr(backbone, name) for name in cls._fields))
 
 
 def limited(length: int, limit: float) -> int:
@@ -182,6 +188,23 @@ class SourceDataModule(LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
         )
+
+    def eval_loader(self, split: Split) -> DataLoader[Any]:
+        """The images of this rank of one split, each once, as evaluation sees them."""
+        raise NotImplementedError
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self.eval_loader("val")
+
+    def eval_batches(self, split: Split, device: torch.device) -> Iterator[Any]:
+        """The same on a device and normalised; unreadable images are not valid in them."""
+        for batch in self.eval_loader(split):
+            moved = move_data_to_device(batch, device)
+            moved = moved._replace(is_valid=moved.is_valid & ~moved.is_replaced)
+            yield self.on_after_batch_transfer(moved, 0)
+
+    def source_of(self, split: Split) -> Source:
+        return self.train_source if split == "train" else self.val_source
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Note unreadable images while the flags are still on the CPU."""

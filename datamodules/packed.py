@@ -27,7 +27,7 @@ from datamodules.packing import (
 )
 from datamodules.rows import PackedBatches, PackedEvalBatches, Request, Row
 from datamodules.sizes import measure
-from datamodules.sources import Source
+from datamodules.sources import Source, Split
 from datamodules.unreadable import read_example
 
 
@@ -392,8 +392,10 @@ class PackedDataModule(SourceDataModule):
                 raise ValueError(message)
             rank_zero_warn(message)
 
-    def val_dataloader(self) -> DataLoader[PackedBatch]:
-        sizes, resolution = measure(self.val_source), self.eval_resolution()
+    def eval_loader(self, split: Split) -> DataLoader[PackedBatch]:
+        """The images of this rank of one split, each once, none of their patches dropped."""
+        source, resolution = self.source_of(split), self.eval_resolution()
+        sizes = measure(source)
         layout = self.layout_for(sizes, resolution, TokenDrop())
         self.check_reduced(sizes, layout, resolution)
         planned = plan_evaluation(sizes, layout, resolution, self.buffer)
@@ -401,7 +403,7 @@ class PackedDataModule(SourceDataModule):
         self.eval_tokens = float(planned.kept.mean()) + layout.num_prefix
         sampler = PackedEvalBatches(planned, self.num_rows, *self.place())
         cut = Cut(layout.patch_size, self.interpolation)
-        return self.loader(PackedDataset(self.val_source, cut, layout), sampler, collate)
+        return self.loader(PackedDataset(source, cut, layout), sampler, collate)
 
     def on_after_batch_transfer(self, batch: PackedBatch, dataloader_idx: int) -> PackedBatch:
         """Normalise, on the device."""

@@ -193,7 +193,7 @@ class Supervised(LightningModule):
             )
         backbone = self.classifier.backbone
         if isinstance(data, SourceDataModule):
-            data.fit_to(needs_of(backbone))
+            data.fit_to(Needs.of(backbone))
         if stage == "fit" and self.distillation is not None:
             if isinstance(data, PackedDataModule) or backbone.image_size is None:
                 raise ValueError(
@@ -232,6 +232,11 @@ class Supervised(LightningModule):
     def forward(self, images: Images) -> Float[Tensor, "b k"]:
         logits: Tensor = self.classifier(images)
         return logits
+
+    def networks(self) -> dict[str, Classifier]:
+        """What can be judged, the one that is meant where none is named first."""
+        averaged = {} if self.averaged is None else {"averaged": self.averaged}
+        return {"classifier": self.classifier, **averaged}
 
     def training_step(self, batch: ImageBatch | PackedBatch, batch_idx: int) -> Float[Tensor, ""]:
         targets = soft_targets(batch, self.num_classes, self.label_smoothing)
@@ -309,15 +314,3 @@ class Supervised(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         return [EMA()] if self.averaged is not None else []
-
-
-def needs_of(backbone: Backbone) -> Needs:
-    """What a data module has to know of a backbone."""
-    return Needs(
-        patch_size=backbone.patch_size,
-        num_prefix_tokens=backbone.num_prefix_tokens,
-        image_size=backbone.image_size,
-        max_grid=backbone.max_grid,
-        in_channels=backbone.in_channels,
-        takes_packs=backbone.takes_packs,
-    )

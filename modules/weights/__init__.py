@@ -2,6 +2,7 @@
 
     read(path)        the tensors of a file, each network in it under its name
     load(network, …)  into one of our networks, strictly, with a report of what became of each
+    load_backbone(…)  the same for a backbone alone, whatever it was trained under
     to_timm(network)  under timm's names
 
 A file goes through three steps: it is read without executing anything in it, its keys are
@@ -22,11 +23,13 @@ import timm
 from timm.layers.mlp import SwiGLUPacked
 from torch import nn
 
-from modules.backbones import BlockStyle, ViT
+from modules.backbones import Backbone, BlockStyle, ViT
 from modules.backbones.positions import Learned1D
 from modules.weights.files import State, read
-from modules.weights.names import with_our_names
+from modules.weights.names import BESIDE, Origins, with_our_names
 from modules.weights.positions import fit_positions, tokens_of
+
+FINAL_NORMS = ("norm", "fc_norm")  # of all tokens, of their average
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,38 @@ def load(
             name in `drop` that is nowhere.
     """
     state, origins = with_our_names(choose(open_source(str(source)), part, str(source)))
+    return fill(network, state, origins, str(source), drop)
+
+
+def load_backbone(
+    backbone: Backbone,
+    source: str | Path,
+    part: str | None = None,
+    drop: Sequence[str] = (),
+) -> Report:
+    """Load the backbone out of a checkpoint of any method: heads and decoders stay behind.
+
+    Where the file normalises all tokens and the backbone their average (or the other way round),
+    that norm is another one: it stays behind too, and the backbone's keeps its first values, as
+    MAE is fine-tuned (He et al. 2021; its published code).
+
+    Raises:
+        ValueError: as `load`; whatever is neither the backbone's nor known to go without it.
+    """
+    parts = open_source(str(source))
+    state, origins = with_our_names(choose(parts, part, str(source)))
+    own = set(backbone.state_dict())
+    behind = {key.split(".")[0] for key in state if key not in own and BESIDE.match(key)}
+    norms = [{key for key in keys if is_named(key, (), FINAL_NORMS)} for keys in (state, own)]
+    if all(norms) and not norms[0] & norms[1]:
+        behind |= {key.split(".")[0] for key in norms[0] | norms[1]}
+    return fill(backbone, state, origins, str(source), [*drop, *sorted(behind)])
+
+
+def fill(
+    network: nn.Module, state: State, origins: Origins, source: str, drop: Sequence[str]
+) -> Report:
+    """`load` of tensors that were read and have our names."""
     own = {key.removeprefix("backbone."): key for key in network.state_dict()}
     for entry in drop:
         if not any(is_named(key, origins.get(key, ()), (entry,)) for key in {*state, *own}):
@@ -111,10 +146,10 @@ def load(
         )
         resampled = fit_positions(state, tokens, backbone, is_ours)
     wanted = {key: network.state_dict()[own[key]] for key in own if key not in kept}
-    check_cover(str(source), state, wanted)
+    check_cover(source, state, wanted)
     network.load_state_dict({own[key]: tensor for key, tensor in state.items()}, strict=not kept)
     return Report(
-        str(source),
+        source,
         read=tuple(state),
         renamed={new: origins[new] for new in state if origins[new] != (new,)},
         resampled=resampled,

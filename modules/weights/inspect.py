@@ -12,7 +12,7 @@ from modules.backbones import BlockStyle, Positions, ViT
 from modules.backbones.resampling import sincos2d
 from modules.backbones.vit import VARIANTS, Size
 from modules.weights.files import State
-from modules.weights.names import is_google, with_our_names
+from modules.weights.names import BESIDE, is_google, with_our_names
 from modules.weights.positions import tokens_of
 
 HEADS = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
@@ -22,10 +22,6 @@ MARKS = (  # a name that only this code base writes
     (r"^head\.(mlp|last_layer)\.", "DINO"),
     (r"^(positions|relative)\.", "Patchlight"),
     (r"^(pos_embed|cls_token)$", "timm, DeiT or DINO"),
-)
-# What training leaves beside a network, and a network does without.
-BESIDE = re.compile(
-    r"(decoder|mask_token|head|aux_head|fc\.|txt|text|logit|projector|predictor)|[tb]$"
 )
 UNKNOWN = "?"
 

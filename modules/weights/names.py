@@ -37,6 +37,11 @@ GOOGLE = (
     (r"\.out\.(kernel|bias)$", r".proj.\1"),
 )
 
+# What training leaves beside a network, and a network does without.
+BESIDE = re.compile(
+    r"(decoder|mask_token|head|aux_head|fc\.|txt|text|logit|projector|predictor)|[tb]$"
+)
+
 
 def rename(name: str, table: Iterable[tuple[str, Any]]) -> str:
     for pattern, new in table:
