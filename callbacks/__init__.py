@@ -2,6 +2,7 @@
 
 checkpoint.py   Checkpoint      last.ckpt and best.ckpt, written atomically
 ema.py          EMA             averages of networks, once an optimizer step
+knn.py          KNN             nearest neighbours of frozen features
 monitors.py     FiniteLoss      stops a run that diverged
                 Throughput      images per second
 pictures.py     AugmentedBatch  the batch as the network sees it
@@ -10,8 +11,9 @@ seeding.py      StepSeed        one seed a step
 
 from callbacks.checkpoint import Checkpoint
 from callbacks.ema import EMA
+from callbacks.knn import KNN
 from callbacks.monitors import FiniteLoss, Throughput
 from callbacks.pictures import AugmentedBatch
 from callbacks.seeding import StepSeed
 
-__all__ = ["EMA", "AugmentedBatch", "Checkpoint", "FiniteLoss", "StepSeed", "Throughput"]
+__all__ = ["EMA", "KNN", "AugmentedBatch", "Checkpoint", "FiniteLoss", "StepSeed", "Throughput"]

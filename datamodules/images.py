@@ -12,7 +12,7 @@ from datamodules.geometry import EvalGeometry, Interpolation, TrainGeometry
 from datamodules.module import IMAGENET_MEAN, IMAGENET_STD, Needs, SourceDataModule, limited
 from datamodules.photometric import three_augment
 from datamodules.sampling import EvalBatches, Sample, TrainBatches
-from datamodules.sources import Source, Split
+from datamodules.sources import Source
 from datamodules.unreadable import read_example
 
 Geometry = TrainGeometry | EvalGeometry
@@ -202,14 +202,13 @@ class ImageDataModule(SourceDataModule):
             raise ValueError("data.image_size is null, and no method said what it needs; set it")
         return self.image_size
 
-    def eval_loader(self, split: Split) -> DataLoader[ImageBatch]:
-        """The images of this rank of one split, each once, cropped as in evaluation."""
+    def eval_loader(self, source: Source) -> DataLoader[ImageBatch]:
+        """The images of a source that are this rank's, each once, cropped as in evaluation."""
         side = self.eval_side
         size = self.known_size() if side is None else (side, side)
         if self.needs is not None:
             patch, prefix = self.needs.patch_size, self.needs.num_prefix_tokens
             self.eval_tokens = prefix + (size[0] // patch) * (size[1] // patch)
-        source = self.source_of(split)
         sampler = EvalBatches(len(source), self.batch_size, *self.place())
         geometry = EvalGeometry(size, self.eval_crop, self.interpolation)
         return self.loader(ImageDataset(source, geometry), sampler, collate)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningDataModule
@@ -11,8 +12,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from datamodules.batch import ImageBatch, PackedBatch
 from datamodules.geometry import Augment, make_rand_augment
-from datamodules.sampling import run_seed
-from datamodules.sources import Source, Split, open_source
+from datamodules.sampling import epoch_order, run_seed
+from datamodules.sources import Source, Split, Subset, open_source
 from datamodules.unreadable import Unreadable
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -189,22 +190,26 @@ class SourceDataModule(LightningDataModule):
             persistent_workers=self.num_workers > 0,
         )
 
-    def eval_loader(self, split: Split) -> DataLoader[Any]:
-        """The images of this rank of one split, each once, as evaluation sees them."""
+    def eval_loader(self, source: Source) -> DataLoader[Any]:
+        """The images of a source that are this rank's, each once, as evaluation sees them."""
         raise NotImplementedError
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return self.eval_loader("val")
+        return self.eval_loader(self.val_source)
 
-    def eval_batches(self, split: Split, device: torch.device) -> Iterator[Any]:
+    def eval_batches(self, source: Source, device: torch.device) -> Iterator[Any]:
         """The same on a device and normalised; unreadable images are not valid in them."""
-        for batch in self.eval_loader(split):
+        for batch in self.eval_loader(source):
             moved = move_data_to_device(batch, device)
             moved = moved._replace(is_valid=moved.is_valid & ~moved.is_replaced)
             yield self.on_after_batch_transfer(moved, 0)
 
-    def source_of(self, split: Split) -> Source:
-        return self.train_source if split == "train" else self.val_source
+    def some(self, split: Split, count: int | None) -> Source:
+        """The images of a split, or so many of them drawn from it, always the same."""
+        source = self.train_source if split == "train" else self.val_source
+        if count is None or count >= len(source):
+            return source
+        return Subset(source, np.sort(epoch_order(len(source), 0, 0)[:count]))
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Note unreadable images while the flags are still on the CPU."""

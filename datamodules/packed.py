@@ -27,7 +27,7 @@ from datamodules.packing import (
 )
 from datamodules.rows import PackedBatches, PackedEvalBatches, Request, Row
 from datamodules.sizes import measure
-from datamodules.sources import Source, Split
+from datamodules.sources import Source
 from datamodules.unreadable import read_example
 
 
@@ -392,10 +392,9 @@ class PackedDataModule(SourceDataModule):
                 raise ValueError(message)
             rank_zero_warn(message)
 
-    def eval_loader(self, split: Split) -> DataLoader[PackedBatch]:
-        """The images of this rank of one split, each once, none of their patches dropped."""
-        source, resolution = self.source_of(split), self.eval_resolution()
-        sizes = measure(source)
+    def eval_loader(self, source: Source) -> DataLoader[PackedBatch]:
+        """The images of a source that are this rank's, each once, no patch of them dropped."""
+        sizes, resolution = measure(source), self.eval_resolution()
         layout = self.layout_for(sizes, resolution, TokenDrop())
         self.check_reduced(sizes, layout, resolution)
         planned = plan_evaluation(sizes, layout, resolution, self.buffer)

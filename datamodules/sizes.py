@@ -8,16 +8,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from datamodules.folder import Folder, read_size
 from datamodules.index import Index
-from datamodules.sources import BadImageError, Source
+from datamodules.progress import Bar
+from datamodules.sources import BadImageError, Source, Subset
 
 CHUNK = 64  # images a thread reads before it reports
 SLOW = 0.0005  # seconds a file takes, from which on threads help
-PATIENCE = 1.0  # seconds until a bar is shown
 Sizes = list[tuple[int, int]]
 
 
@@ -39,6 +37,8 @@ def measure(source: Source, threads: int = 8, retry: bool = False) -> np.ndarray
         retry: read again what could not be read before, as it may have been repaired. For one
             process only, before the others ask: they must not come to different answers.
     """
+    if isinstance(source, Subset):
+        return frozen(measure(source.source, threads, retry)[source.rows])
     if not isinstance(source, Folder):
         return frozen(read_sizes(source.size, np.arange(len(source)), 1))
     sizes = tree_sizes(source.index, threads, retry)
@@ -90,24 +90,16 @@ def read_sizes(
 
     sizes, done = np.zeros((len(rows), 2), np.int32), 0
     chunks = np.split(rows, range(CHUNK, len(rows), CHUNK))
-    columns = (TextColumn("sizes of images"), BarColumn(), MofNCompleteColumn())
-    console = Console(stderr=True)
-    progress = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
-    task = progress.add_task("", total=len(rows))
-    started = time.monotonic()
     pool = ThreadPoolExecutor(threads) if threads > 1 else None
     try:
-        for found in in_order(read, chunks, pool):
-            sizes[done : done + len(found)] = found
-            done += len(found)
-            progress.update(task, completed=done)
-            if time.monotonic() - started > PATIENCE and not progress.live.is_started:
-                progress.start()
+        with Bar("sizes of images", len(rows)) as bar:
+            for found in in_order(read, chunks, pool):
+                sizes[done : done + len(found)] = found
+                done += len(found)
+                bar.advance(len(found))
     finally:
         if pool is not None:  # an interrupt does not wait for a million images
             pool.shutdown(cancel_futures=True)
-        if progress.live.is_started:
-            progress.stop()
     return sizes
 
 

@@ -69,6 +69,26 @@ class Source(Protocol):
         ...
 
 
+class Subset:
+    """Some of the images of a source, in the order of `rows`."""
+
+    def __init__(self, source: Source, rows: np.ndarray) -> None:
+        self.source, self.rows = source, rows
+        self.class_names, self.channels = source.class_names, source.channels
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.source[int(self.rows[index])]
+
+    def size(self, index: int) -> tuple[int, int]:
+        return self.source.size(int(self.rows[index]))
+
+    def describe(self, index: int) -> str:
+        return self.source.describe(int(self.rows[index]))
+
+
 def to_array(image: Image.Image) -> np.ndarray:
     """uint8 [h, w] of a grey image, [h, w, 3] of any other.
 

@@ -8,6 +8,8 @@
     patchlight export --checkpoint C --out FILE        for timm (.safetensors) or as ONNX
     patchlight sweep --config RECIPE --vary key=a,b    train every combination, one table
     patchlight resolutions RUN --sides 64,96,128       evaluate at several sizes, one picture
+    patchlight knn --checkpoint C                      nearest neighbours of frozen features
+    patchlight fewshot --checkpoint C                  linear classifiers from a few images a class
 
 `fit` and `validate` are LightningCLI: constructor signatures are the schema of a recipe, and
 `patchlight fit --help` lists them.
@@ -40,6 +42,7 @@ from callbacks.pictures import AugmentedBatch
 from callbacks.seeding import StepSeed
 from datamodules.check import main as check_data
 from experiments.checkpoints import export, inspect
+from experiments.judge import fewshot, knn
 from experiments.resolutions import resolutions
 from experiments.sweep import RESULT, sweep
 
@@ -53,6 +56,8 @@ VERBS = {
     "export": export,
     "sweep": sweep,
     "resolutions": resolutions,
+    "knn": knn,
+    "fewshot": fewshot,
 }
 LIBRARIES = (
     *("patchlight", "torch", "torchvision", "lightning", "timm", "einops", "numpy", "pillow"),

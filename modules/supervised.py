@@ -238,6 +238,19 @@ class Supervised(LightningModule):
         averaged = {} if self.averaged is None else {"averaged": self.averaged}
         return {"classifier": self.classifier, **averaged}
 
+    def embed(self, images: Images, network: str | None = None) -> Float[Tensor, "b d"]:
+        """One vector an image, of one of `networks`; for callbacks that judge.
+
+        Raises:
+            ValueError: no such network.
+        """
+        networks = self.networks()
+        name = next(iter(networks)) if network is None else network
+        if name not in networks:
+            raise ValueError(f"there is no network {name!r}; there is {', '.join(networks)}")
+        pooled: Tensor = networks[name].backbone(images).pooled
+        return pooled
+
     def training_step(self, batch: ImageBatch | PackedBatch, batch_idx: int) -> Float[Tensor, ""]:
         targets = soft_targets(batch, self.num_classes, self.label_smoothing)
         if self.teacher is None or self.distillation is None:

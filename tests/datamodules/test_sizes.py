@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import datamodules.progress
 import datamodules.sizes
 from datamodules.folder import Folder, read_size
 from datamodules.shapes import Shapes
@@ -242,7 +243,7 @@ def test_a_bar_is_shown_when_it_takes_long(
     monkeypatch.setenv("TERM", "xterm")
     measure(Digits("val", None, 1))
     assert capsys.readouterr() == ("", "")
-    monkeypatch.setattr(datamodules.sizes, "PATIENCE", 0.0)
+    monkeypatch.setattr(datamodules.progress, "PATIENCE", 0.0)
     measure(Digits("val", None, 1))
     said = capsys.readouterr()
     assert said.out == ""
