@@ -5,6 +5,7 @@ import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jsonargparse
 import torch
 import yaml
 from lightning.pytorch import seed_everything
@@ -125,10 +126,19 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def build_backbone(arguments: dict[str, Any]) -> Backbone:
-    """A backbone from its `class_path` and `init_args`."""
+    """A backbone from its `class_path` and `init_args`.
+
+    Raises:
+        ValueError: options that no backbone here takes.
+    """
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(Backbone, "backbone")
-    backbone = parser.instantiate_classes(parser.parse_object({"backbone": arguments})).backbone
+    try:
+        config = parser.parse_object({"backbone": arguments})
+    except (jsonargparse.ArgumentError, argparse.ArgumentError) as error:
+        what = arguments.get("class_path") if isinstance(arguments, dict) else arguments
+        raise ValueError(f"the backbone {what} of the config cannot be built: {error}") from error
+    backbone = parser.instantiate_classes(config).backbone
     assert isinstance(backbone, Backbone)
     return backbone
 

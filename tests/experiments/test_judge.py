@@ -213,6 +213,9 @@ def test_what_is_refused(tmp_path: Path) -> None:
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):
             judge.knn(arguments)
+    Path("old.yaml").write_text(DIGITS.read_text().replace("patch_size: 4", "patch_sides: 4"))
+    with pytest.raises(ValueError, match=r"(?s)ViT of the config cannot be built: .*patch_sides"):
+        judge.knn(["-c", "random", "--config", "old.yaml"])
     torch.save({"weights": {"a": torch.ones(2), "b": torch.ones(2)}}, "odd.pth")
     with pytest.raises(ValueError, match="holds no ViT that names and shapes tell"):
         judge.knn(["-c", "odd.pth"])
