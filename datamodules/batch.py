@@ -49,6 +49,43 @@ class ImageBatch(NamedTuple):
         return losses.mean()
 
 
+class MultiCropBatch(NamedTuple):
+    """Several views of every image, for methods that compare views (SwAV, DINO).
+
+    crops:    groups of views of one size, the global ones first; each [v, b, c, height, width],
+              uint8 in the worker, float32 and normalised in a method
+    labels:   [b] class ids, -1 where there are none; for probes only
+    indices:  [b] index in the source
+    keys:     [b] what all random draws for this image in this epoch are a function of
+    is_valid: [b] False for samples that only fill up a batch
+    is_replaced: [b] True where the image could not be read and another took its place
+    """
+
+    crops: tuple[Tensor, ...]
+    labels: Int[Tensor, " b"]
+    indices: Int[Tensor, " b"]
+    keys: Int[Tensor, " b"]
+    is_valid: Bool[Tensor, " b"]
+    is_replaced: Bool[Tensor, " b"]
+
+    @property
+    def images(self) -> Float[Tensor, "b c height width"]:
+        """The first global view."""
+        return self.crops[0][0]
+
+    @property
+    def num_images(self) -> int:
+        return len(self.labels)
+
+    @property
+    def mixed(self) -> None:
+        """Views are not mixed."""
+
+    def mean(self, losses: Float[Tensor, " b"]) -> Float[Tensor, ""]:
+        """The loss of the batch from one of every image."""
+        return losses.mean()
+
+
 class PackedImages(NamedTuple):
     """Images of any size, cut into patches and laid one after another into rows of one length.
 
