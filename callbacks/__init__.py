@@ -5,13 +5,22 @@ ema.py          EMA             averages of networks, once an optimizer step
 monitors.py     FiniteLoss      stops a run that diverged
                 Throughput      images per second
 pictures.py     AugmentedBatch  the batch as the network sees it
+                Pictures        what the method draws of held-out images
 seeding.py      StepSeed        one seed a step
 """
 
 from callbacks.checkpoint import Checkpoint
 from callbacks.ema import EMA
 from callbacks.monitors import FiniteLoss, Throughput
-from callbacks.pictures import AugmentedBatch
+from callbacks.pictures import AugmentedBatch, Pictures
 from callbacks.seeding import StepSeed
 
-__all__ = ["EMA", "AugmentedBatch", "Checkpoint", "FiniteLoss", "StepSeed", "Throughput"]
+__all__ = [
+    "EMA",
+    "AugmentedBatch",
+    "Checkpoint",
+    "FiniteLoss",
+    "Pictures",
+    "StepSeed",
+    "Throughput",
+]

@@ -201,7 +201,11 @@ class SourceDataModule(LightningDataModule):
         for batch in self.eval_loader(split):
             moved = move_data_to_device(batch, device)
             moved = moved._replace(is_valid=moved.is_valid & ~moved.is_replaced)
-            yield self.on_after_batch_transfer(moved, 0)
+            yield self.normalized(moved)
+
+    def normalized(self, batch: Any) -> Any:
+        """A batch of uint8 images as float32, normalised; nothing random is done to it."""
+        raise NotImplementedError
 
     def source_of(self, split: Split) -> Source:
         return self.train_source if split == "train" else self.val_source
