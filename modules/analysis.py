@@ -25,15 +25,15 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from modules.backbones import Backbone, Features
+from modules.backbones import Backbone, Features, Packed
 from modules.backbones.factorised import Factorised
 from modules.backbones.layers import Attention
 from modules.backbones.navit import places
 from modules.backbones.pooling import AttentionPool, QueryPool
 from modules.backbones.resampling import Grid
 
-# Entries of attention that exist at a time: 64 MiB of float32.
-CHUNK = 2**24
+# Entries of attention that exist at a time: 16 MiB of float32, which caches hold in part.
+CHUNK = 2**22
 
 
 class Layer(NamedTuple):
@@ -92,7 +92,7 @@ class Observed(NamedTuple):
 
 
 @torch.no_grad()
-def observe(backbone: Backbone, images: Float[Tensor, "b c height width"]) -> Observed:
+def observe(backbone: Backbone, images: Float[Tensor, "b c height width"] | Packed) -> Observed:
     """Run images of one size and keep the queries and keys of every layer.
 
     They take 2 L b n d numbers; no attention is computed. In training mode dropout is part of
@@ -264,19 +264,15 @@ def attention_distance(seen: Observed, renorm: bool = True) -> Float[Tensor, "la
     prefix, (rows, columns) = seen.num_prefix, seen.grid
     device = seen.layers[0].q.device
     place = torch.cartesian_prod(*(torch.arange(n, device=device).float() for n in (rows, columns)))
-    distances = []
-    for layer in seen.layers:
-        total = torch.zeros(layer.q.shape[1], device=device)
-        for chunk in seen.chunks(prefix, prefix + rows * columns):
+    totals = [torch.zeros(layer.q.shape[1], device=device) for layer in seen.layers]
+    for chunk in seen.chunks(prefix, prefix + rows * columns):
+        own = place[chunk.start - prefix : chunk.stop - prefix]
+        apart = (own[:, None] - place).norm(dim=-1) * seen.patch_size
+        for i, layer in enumerate(seen.layers):
             scores = layer.scores(chunk)
-            chosen = (
-                scores[..., prefix:].softmax(-1) if renorm else scores.softmax(-1)[..., prefix:]
-            )
-            own = place[chunk.start - prefix : chunk.stop - prefix]
-            apart = (own[:, None] - place).norm(dim=-1) * seen.patch_size
-            total = total + torch.einsum("bhqn,qn->h", chosen, apart.to(chosen.dtype))
-        distances.append(total / (rows * columns * seen.num_images))
-    return torch.stack(distances)
+            share = scores[..., prefix:].softmax(-1) if renorm else scores.softmax(-1)[..., prefix:]
+            totals[i] = totals[i] + (share * apart.to(share.dtype)).sum(dim=(0, 2, 3))
+    return torch.stack(totals) / (rows * columns * seen.num_images)
 
 
 def uniform_distance(grid: Grid, patch_size: int) -> float:

@@ -21,7 +21,7 @@ from torch import Tensor
 from modules import analysis
 from modules.backbones import Backbone
 
-Picture = Float[Tensor, "3 height width"]
+Picture = Float[Tensor, "3 picture_height picture_width"]
 COLOURS = "viridis"
 # The shorter side that tiles have at least, in pixels, and what lies between two of them.
 TILE, GAP = 128, 4
@@ -222,7 +222,7 @@ def mosaic(
     return titled(canvas, title, {x * (width + GAP) + width / 2: n for x, n in enumerate(names)})
 
 
-def titled(canvas: Picture, title: str, names: dict[float, str]) -> Picture:
+def titled(canvas: Float[Tensor, "3 rows columns"], title: str, names: dict[float, str]) -> Picture:
     """Writes above a picture: a title, and names centred at columns of pixels.
 
     Pixels of the picture stay what they are.
@@ -265,7 +265,9 @@ def distance_plot(distance: Float[Tensor, "layers h"], uniform: float, num_image
     for head in range(count):
         colour = matplotlib.colormaps[COLOURS](head / max(1, count - 1) * 0.92)
         label = f"head {head + 1}"
-        axes.scatter(range(1, layers + 1), distance[:, head], s=26, color=colour, label=label)
+        axes.scatter(
+            range(1, layers + 1), distance[:, head].numpy(), s=26, color=colour, label=label
+        )
     axes.axhline(uniform, color="tab:gray", linestyle="--", linewidth=1, label="uniform")
     of = "1 image" if num_images == 1 else f"{num_images} images"
     axes.set_title(f"mean attention distance among patches, over {of}")
@@ -301,7 +303,7 @@ def similarity_tiles(similarity: Float[Tensor, "rows columns rows columns"]) -> 
     width = min(12.0, max(5.0, height * canvas.shape[1] / canvas.shape[0] + 1.4))
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     axes: Any = figure.subplots()
-    image = axes.imshow(canvas, cmap=COLOURS, vmin=-1, vmax=1, interpolation="nearest")
+    image = axes.imshow(canvas.numpy(), cmap=COLOURS, vmin=-1, vmax=1, interpolation="nearest")
     axes.set_yticks([i * tall + (rows - 1) / 2 for i in range(len(shown[0]))])
     axes.set_yticklabels([str(y + 1) for y in shown[0]])
     axes.set_xticks([j * wide + (columns - 1) / 2 for j in range(len(shown[1]))])
