@@ -92,6 +92,14 @@ def test_training_is_the_same_with_and_without(tmp_path: Path) -> None:
     assert differences(without, final(tmp_path / "with", Pictures(num_images=1))) == []
 
 
+def test_random_numbers_go_on_as_they_were(tmp_path: Path, noted: list) -> None:
+    """Also where no step seeds anew: the loader and the method both draw."""
+    without = final(tmp_path / "without", max_epochs=1)
+    drawn = final(tmp_path / "with", Pictures(), max_epochs=1)
+    assert len(noted) == 1
+    assert torch.equal(without["rng"], drawn["rng"])
+
+
 def test_a_resumed_run_is_the_same_with_and_without(tmp_path: Path, noted: list) -> None:
     whole = final(tmp_path / "whole")
     final(tmp_path / "stopped", Pictures(), max_epochs=1)
