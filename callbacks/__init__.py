@@ -6,6 +6,7 @@ knn.py          KNN             nearest neighbours of frozen features
 monitors.py     FiniteLoss      stops a run that diverged
                 Throughput      images per second
 pictures.py     AugmentedBatch  the batch as the network sees it
+                Pictures        what the method draws of held-out images
 seeding.py      StepSeed        one seed a step
 """
 
@@ -13,7 +14,16 @@ from callbacks.checkpoint import Checkpoint
 from callbacks.ema import EMA
 from callbacks.knn import KNN
 from callbacks.monitors import FiniteLoss, Throughput
-from callbacks.pictures import AugmentedBatch
+from callbacks.pictures import AugmentedBatch, Pictures
 from callbacks.seeding import StepSeed
 
-__all__ = ["EMA", "KNN", "AugmentedBatch", "Checkpoint", "FiniteLoss", "StepSeed", "Throughput"]
+__all__ = [
+    "EMA",
+    "KNN",
+    "AugmentedBatch",
+    "Checkpoint",
+    "FiniteLoss",
+    "Pictures",
+    "StepSeed",
+    "Throughput",
+]

@@ -1,17 +1,23 @@
 """When pictures go to TensorBoard."""
 
 import math
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torchvision.utils import make_grid
 
 from datamodules.batch import PackedImages
+from datamodules.module import SourceDataModule
 
 
 def for_display(
@@ -24,6 +30,13 @@ def for_display(
     return torch.as_tensor(make_grid(images, nrow=columns, padding=1, pad_value=1.0))
 
 
+def owners(packed: PackedImages) -> Int[Tensor, "rows n"]:
+    """The image of every token; at padding, which is no patch, a number without meaning."""
+    rows = len(packed.segments)
+    first = torch.arange(rows)[:, None].to(packed.segments) * (len(packed.grids) // rows)
+    return packed.segments + first
+
+
 def unpack(
     packed: PackedImages, channels: int, count: int
 ) -> Float[Tensor, "count channels height width"]:
@@ -31,18 +44,15 @@ def unpack(
 
     What was dropped, and what an image does not reach, has the largest value of the pack: white.
     """
-    slots = len(packed.grids) // len(packed.segments)
-    owners = (
-        packed.segments + torch.arange(len(packed.segments))[:, None].to(packed.segments) * slots
-    )
+    owner = owners(packed)
     is_patch = packed.positions[..., 0] >= 0
-    shown = sorted(set(owners[is_patch].tolist()))[:count]
+    shown = sorted(set(owner[is_patch].tolist()))[:count]
     side = math.isqrt(packed.patches.shape[-1] // channels)
     rows, columns = (int(n) for n in packed.grids[shown].amax(0))
     white = packed.patches[is_patch].amax()
     canvas = white.expand(len(shown), rows, columns, packed.patches.shape[-1]).clone()
     for place, image in enumerate(shown):
-        chosen = is_patch & (owners == image)
+        chosen = is_patch & (owner == image)
         row, column = packed.positions[chosen].unbind(1)
         canvas[place, row, column] = packed.patches[chosen]
     pattern = "count rows columns (c p q) -> count c (rows p) (columns q)"
@@ -64,3 +74,118 @@ class AugmentedBatch(Callback):
                     images = unpack(images, trainer.datamodule.channels, 32)  # type: ignore[attr-defined]
                 grid = for_display(images[:32])
                 logger.experiment.add_image("train/augmented_batch", grid, 0)
+
+
+@runtime_checkable
+class Draws(Protocol):
+    """What `Pictures` needs of a method."""
+
+    def pictures(
+        self, images: Float[Tensor, "b c height width"]
+    ) -> dict[str, Float[Tensor, "3 rows columns"]]:
+        """Pictures in [0, 1], by name, of the method in eval mode on normalised images."""
+        ...
+
+
+class Pictures(Callback):
+    """What the method draws of held-out images, always the same, in TensorBoard.
+
+    Logs `pictures/NAME` at the end of every `every_n_epochs`-th epoch and of the training, from
+    rank 0. Training goes on as if nothing had happened.
+
+    Of images of many sizes (packs) those of the most frequent size in the first pack are taken.
+
+    Args:
+        every_n_epochs: epochs from one drawing to the next.
+        num_images: how many images; the first ones of the validation data.
+
+    Raises:
+        ValueError: numbers below 1, or a method that draws nothing.
+    """
+
+    def __init__(self, every_n_epochs: int = 1, num_images: int = 4) -> None:
+        for name, value in (("every_n_epochs", every_n_epochs), ("num_images", num_images)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; expected at least 1")
+        self.every_n_epochs, self.num_images = every_n_epochs, num_images
+        self.images: Tensor | None = None
+        self.drawn_at = -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not isinstance(pl_module, Draws):
+            raise ValueError(
+                f"callbacks.Pictures needs a method that draws, and {type(pl_module).__name__} "
+                f"has no pictures(images); remove it from trainer.callbacks"
+            )
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self.draw(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.drawn_at != trainer.global_step:
+            self.draw(trainer, pl_module)
+
+    def draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        boards = [each for each in trainer.loggers if isinstance(each, TensorBoardLogger)]
+        if not boards or not trainer.is_global_zero:
+            return
+        assert isinstance(pl_module, Draws)
+        # A loader draws a seed for its workers.
+        with isolate_rng(), evaluating(pl_module), torch.no_grad():
+            if self.drawn_at < 0:
+                self.images = held_out(trainer, pl_module.device, self.num_images)
+            self.drawn_at = trainer.global_step
+            if self.images is None:
+                return
+            pictures = pl_module.pictures(self.images.to(pl_module.device))
+        for board in boards:
+            for name, picture in pictures.items():
+                board.experiment.add_image(f"pictures/{name}", picture, trainer.global_step)
+
+
+@contextmanager
+def evaluating(network: torch.nn.Module) -> Iterator[None]:
+    """Eval mode; afterwards every part is in the mode that it was in."""
+    modes = [(part, part.training) for part in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def held_out(
+    trainer: Trainer, device: torch.device, count: int
+) -> Float[Tensor, "b c height width"] | None:
+    """The first readable validation images, all of one size; None, with a warning, without any."""
+    data = getattr(trainer, "datamodule", None)
+    found: list[Tensor] = []
+    if isinstance(data, SourceDataModule):
+        for batch in data.eval_batches(data.val_source, device):
+            images = batch.images
+            if isinstance(images, PackedImages):
+                found += whole_images(images, batch.is_valid, data.channels)
+            else:
+                found += images[batch.is_valid].cpu().unbind()
+            if len(found) >= count:
+                break
+    if not found:
+        rank_zero_warn("there are no validation images to draw: no pictures in TensorBoard")
+        return None
+    frequent = Counter(image.shape for image in found).most_common(1)[0][0]
+    return torch.stack([image for image in found if image.shape == frequent][:count])
+
+
+def whole_images(packed: PackedImages, is_valid: Tensor, channels: int) -> list[Tensor]:
+    """The images [c, height, width] of a pack that nothing was dropped of, on the CPU."""
+    owner, is_patch = owners(packed), packed.positions[..., 0] >= 0
+    side = math.isqrt(packed.patches.shape[-1] // channels)
+    images = []
+    for image in is_valid.nonzero().flatten().tolist():
+        rows, columns = packed.grids[image].tolist()
+        patches = packed.patches[is_patch & (owner == image)].cpu()
+        shape = {"y": rows, "x": columns, "c": channels, "p": side, "q": side}
+        images.append(rearrange(patches, "(y x) (c p q) -> c (y p) (x q)", **shape))
+    return images

@@ -213,15 +213,16 @@ class ImageDataModule(SourceDataModule):
         geometry = EvalGeometry(size, self.eval_crop, self.interpolation)
         return self.loader(ImageDataset(source, geometry), sampler, collate)
 
+    def normalized(self, batch: ImageBatch) -> ImageBatch:
+        return batch._replace(images=normalize(batch.images, self.mean, self.std))
+
     def on_after_batch_transfer(self, batch: ImageBatch, dataloader_idx: int) -> ImageBatch:
         """Normalise; in training also augment, erase and mix. On the device, in batches."""
-        training = self.trainer is not None and self.trainer.training
-        images = batch.images
-        if training and self.three_augment:
-            images = three_augment(images.float() / 255.0, batch.keys)
-        batch = batch._replace(images=normalize(images, self.mean, self.std))
-        if not training:
-            return batch
+        if self.trainer is None or not self.trainer.training:
+            return self.normalized(batch)
+        if self.three_augment:
+            batch = batch._replace(images=three_augment(batch.images.float() / 255.0, batch.keys))
+        batch = self.normalized(batch)
         if self.erasing > 0:
             batch = batch._replace(images=erase(batch.images, batch.keys, self.erasing))
         return self.mixing(batch) if self.mixing else batch

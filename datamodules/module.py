@@ -202,7 +202,11 @@ class SourceDataModule(LightningDataModule):
         for batch in self.eval_loader(source):
             moved = move_data_to_device(batch, device)
             moved = moved._replace(is_valid=moved.is_valid & ~moved.is_replaced)
-            yield self.on_after_batch_transfer(moved, 0)
+            yield self.normalized(moved)
+
+    def normalized(self, batch: Any) -> Any:
+        """A batch of uint8 images as float32, normalised; nothing random is done to it."""
+        raise NotImplementedError
 
     def some(self, split: Split, count: int | None) -> Source:
         """The images of a split, or so many of them drawn from it, always the same."""

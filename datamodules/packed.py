@@ -406,6 +406,9 @@ class PackedDataModule(SourceDataModule):
 
     def on_after_batch_transfer(self, batch: PackedBatch, dataloader_idx: int) -> PackedBatch:
         """Normalise, on the device."""
+        return self.normalized(batch)
+
+    def normalized(self, batch: PackedBatch) -> PackedBatch:
         assert self.needs is not None
         patches = batch.images.patches
         shape = (-1, self.channels, self.needs.patch_size, self.needs.patch_size)

@@ -6,6 +6,7 @@
     patchlight check-data DIR                          find unreadable images beforehand
     patchlight inspect FILE                            what a checkpoint holds, and what fits it
     patchlight export --checkpoint C --out FILE        for timm (.safetensors) or as ONNX
+    patchlight look --checkpoint C --images DIR        attention and features as pictures
     patchlight sweep --config RECIPE --vary key=a,b    train every combination, one table
     patchlight resolutions RUN --sides 64,96,128       evaluate at several sizes, one picture
     patchlight knn --checkpoint C                      nearest neighbours of frozen features
@@ -43,6 +44,7 @@ from callbacks.seeding import StepSeed
 from datamodules.check import main as check_data
 from experiments.checkpoints import export, inspect
 from experiments.judge import fewshot, knn
+from experiments.look import look
 from experiments.resolutions import resolutions
 from experiments.sweep import RESULT, sweep
 
@@ -54,6 +56,7 @@ VERBS = {
     "check-data": check_data,
     "inspect": inspect,
     "export": export,
+    "look": look,
     "sweep": sweep,
     "resolutions": resolutions,
     "knn": knn,

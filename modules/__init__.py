@@ -3,7 +3,7 @@
     supervised.py   Supervised   cross-entropy on labels, with everything DeiT adds to it
 
 and what they share: `optim`, `lars`, `schedules`, `distillation`, `metrics`, `weights`,
-`backbones`.
+`backbones`, and, to look inside, `analysis` and `drawing`.
 """
 
 from jsonargparse import set_parsing_settings

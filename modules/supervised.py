@@ -34,6 +34,7 @@ from datamodules.packed import PackedDataModule
 from modules import optim
 from modules.backbones import Backbone
 from modules.distillation import Distillation, Teacher, distill
+from modules.drawing import pictures_of
 from modules.losses import LOSSES, loss_per_image, soft_targets
 from modules.metrics import Tally
 from modules.optim import Optimization
@@ -250,6 +251,13 @@ class Supervised(LightningModule):
             raise ValueError(f"there is no network {name!r}; there is {', '.join(networks)}")
         pooled: Tensor = networks[name].backbone(images).pooled
         return pooled
+
+    def pictures(
+        self, images: Float[Tensor, "b c height width"]
+    ) -> dict[str, Float[Tensor, "3 rows columns"]]:
+        """What `modules.drawing.pictures_of` draws of the network that is trained."""
+        data: SourceDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        return pictures_of(self.classifier.backbone, images, data.mean, data.std)
 
     def training_step(self, batch: ImageBatch | PackedBatch, batch_idx: int) -> Float[Tensor, ""]:
         targets = soft_targets(batch, self.num_classes, self.label_smoothing)

@@ -185,12 +185,17 @@ class Attention(nn.Module):
         bias: Float[Tensor, "1 h n n"] | None = None,
         segments: Segments | None = None,
     ) -> Float[Tensor, "b n d"]:
+        q, k, v = self.project(x)
+        x = attend(q, k, v, bias, segments, self.scale)
+        out: Tensor = self.drop(self.proj(rearrange(x, "b h n e -> b n (h e)")))
+        return out
+
+    def project(self, x: Float[Tensor, "b n d"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each [b, h, n, e], after the norms of q and k."""
         q, k, v = rearrange(
             self.qkv(x), "b n (three h e) -> three b h n e", three=3, h=self.num_heads
         ).unbind(0)
-        x = attend(self.q_norm(q), self.k_norm(k), v, bias, segments, self.scale)
-        out: Tensor = self.drop(self.proj(rearrange(x, "b h n e -> b n (h e)")))
-        return out
+        return self.q_norm(q), self.k_norm(k), v
 
 
 class MLP(nn.Module):

@@ -65,6 +65,8 @@ class AttentionPool(nn.Module):
     One learned query an image attends to its patches; then x + MLP(LN(x)).
     """
 
+    scale = None
+
     def __init__(self, dim: int, num_heads: int, mlp_dim: int, style: BlockStyle) -> None:
         super().__init__()
         check_heads(dim, num_heads)
@@ -78,12 +80,16 @@ class AttentionPool(nn.Module):
     def forward(
         self, x: Float[Tensor, "rows n d"], segments: Segments | None = None
     ) -> Float[Tensor, "m d"]:
+        pooled = self.proj(pool_by_attention(*self.project(x), segments))
+        out: Tensor = pooled + self.mlp(self.norm(pooled))
+        return only_filled(out, segments)
+
+    def project(self, x: Float[Tensor, "rows n d"]) -> tuple[Tensor, Tensor, Tensor]:
+        """The query [1, h, 1, e], and keys and values of the patches, each [rows, h, n, e]."""
         heads = {"h": self.num_heads}
         q = rearrange(self.q(self.latent), "one n (h e) -> one h n e", **heads)
         k, v = rearrange(self.kv(x), "b n (two h e) -> two b h n e", two=2, **heads).unbind(0)
-        pooled = self.proj(pool_by_attention(q, k, v, segments))
-        out: Tensor = pooled + self.mlp(self.norm(pooled))
-        return only_filled(out, segments)
+        return q, k, v
 
 
 class QueryPool(nn.Module):
@@ -106,8 +112,12 @@ class QueryPool(nn.Module):
     def forward(
         self, x: Float[Tensor, "rows n d"], segments: Segments | None = None
     ) -> Float[Tensor, "m d"]:
+        read = pool_by_attention(*self.project(x), segments, self.scale)
+        return only_filled(self.proj(read) + self.latent[0], segments)
+
+    def project(self, x: Float[Tensor, "rows n d"]) -> tuple[Tensor, Tensor, Tensor]:
+        """The query [1, h, 1, e], and keys and values of the patches, each [rows, h, n, e]."""
         heads = {"h": self.num_heads}
         q = rearrange(self.q(self.norm(self.latent)), "one n (h e) -> one h n e", **heads)
         k, v = rearrange(self.kv(x), "b n (two h e) -> two b h n e", two=2, **heads).unbind(0)
-        read = pool_by_attention(self.q_norm(q), self.k_norm(k), v, segments, self.scale)
-        return only_filled(self.proj(read) + self.latent[0], segments)
+        return self.q_norm(q), self.k_norm(k), v
