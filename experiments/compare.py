@@ -166,7 +166,7 @@ def gather(
         wanted |= dict.fromkeys(found)
         if not found and place.name not in FILES:
             what = "holds no run" if place.is_dir() else "is no run directory"
-            console.print(f"skipped {place}: it {what}", markup=False)
+            console.print(f"skipped {place}: it {what}", markup=False, soft_wrap=True)
     everything: dict[Path, Run] = {}
 
     def take(path: Path) -> None:
@@ -174,7 +174,7 @@ def gather(
             try:
                 everything[path] = runs.read(path)
             except ValueError as error:
-                console.print(f"skipped {error}", markup=False)
+                console.print(f"skipped {error}", markup=False, soft_wrap=True)
 
     for path in wanted:
         take(path)

@@ -1,6 +1,7 @@
 """What a run's backbone is called and what it costs, from its config alone."""
 
 import json
+import textwrap
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ def cost(backbone: str, data_side: tuple[int, int] | None) -> Cost:
     The image has the size that the backbone is made for, or else that of the data. Nothing is
     computed and no weights are held: tensors on the meta device have shapes only.
     """
+    parameters = None
     try:
         with torch.device("meta"):
             built = build_backbone(json.loads(backbone))
@@ -42,14 +44,25 @@ def cost(backbone: str, data_side: tuple[int, int] | None) -> Cost:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             built(image)
     except Exception as error:  # an old run of a class that is no more must not hide the others
-        return Cost(note=f"the backbone cannot be built: {str(error).strip().splitlines()[-1]}")
+        return Cost(parameters, note=f"the backbone cannot be built: {reason(error)}")
     return Cost(parameters, int(counter.get_total_flops()) // 2, side)  # 2 FLOPs a multiply-add
 
 
+def reason(error: Exception) -> str:
+    """What was wrong, in a line, without what jsonargparse says around it."""
+    _, _, inner = str(error).partition("Errors:")
+    text = " ".join((inner.partition("- Expected")[0] or str(error)).split())
+    return textwrap.shorten(text.removeprefix("- ") or type(error).__name__, 200)
+
+
 def cost_of(run: Run) -> Cost:
+    """Of a run's backbone; nothing is known of a run that has none."""
+    backbone = run.arguments.get("backbone")
+    if backbone is None:
+        return Cost()
     side = run.data.get("eval_side") or run.data.get("image_size")
     pair = tuple(side) if isinstance(side, list) else (side, side) if side else None
-    return cost(json.dumps(run.arguments.get("backbone")), pair)
+    return cost(json.dumps(backbone), pair)
 
 
 def backbone_name(run: Run, side: tuple[int, int] | None) -> str:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from experiments import plots
 from experiments.evaluations import Evaluation
-from experiments.runs import Point
+from experiments.runs import Point, finite
 
 MISSING = "—"
 FIRST = ("train/loss", "val/accuracy", "val/knn_top1", "schedule/lr")
@@ -218,7 +218,10 @@ def run_details(index: int, row: Row) -> str:
     if notes:
         parts.append(small_table(["column", "value", "of"], notes))
     for protocol, found in row.evaluations.items():
-        values = ", ".join(f"{name} {value}" for name, value in found["values"].items())
+        values = ", ".join(
+            f"{name}: {MISSING if (share := finite(value)) is None else f'{100 * share:.2f}'}"
+            for name, value in found["values"].items()
+        )
         told = [(key, str(found.get(key, MISSING))) for key in ("checkpoint", "network", "data")]
         told = [("values", values), *told, ("date", str(found.get("date", MISSING)))]
         command = escape(str(found.get("command", MISSING)))
