@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from itertools import starmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from experiments.evaluations import Evaluation
 from experiments.runs import Point, finite
 
 MISSING = "—"
+TOLD = ("checkpoint", "network", "data", "date", "command")  # of a measurement
 FIRST = ("train/loss", "val/accuracy", "val/knn_top1", "schedule/lr")
 
 STYLE = """
@@ -61,7 +63,7 @@ svg text { fill: var(--soft); font-size: 11px; } .grid { stroke: var(--rule); }
 details { border-bottom: 1px solid var(--rule); padding: .45rem 0; } summary { cursor: pointer; }
 details > div { margin: .5rem 0 .8rem 1rem; }
 pre, code { font: 12px/1.5 ui-monospace, monospace; } pre { margin: .3rem 0; overflow-x: auto; }
-.small td, .small th { font-size: 12.5px; padding: .22rem .6rem; }
+.small { margin-bottom: .9rem; } .small td, .small th { font-size: 12.5px; padding: .22rem .6rem; }
 """ + "".join(f".c{i} {{ --c: var(--c{i}); }}\n" for i in range(plots.COLOURS))
 
 SCRIPT = """
@@ -211,23 +213,25 @@ def differences_section(rows: Sequence[Row], differ: Mapping[str, list[str | Non
     return f"<h2>What differs in the configs</h2>{table}"
 
 
+def measurement(protocol: str, found: Evaluation) -> list[str]:
+    """One line: every value in percent, and how they were measured."""
+    shares = {name: finite(value) for name, value in found["values"].items()}
+    values = ", ".join(
+        f"{name}: {MISSING if share is None else f'{100 * share:.2f}'}"
+        for name, share in shares.items()
+    )
+    return [protocol, values, *(str(found.get(key, MISSING)) for key in TOLD)]
+
+
 def run_details(index: int, row: Row) -> str:
     """Where a run is, what was measured of it and how, and its versions."""
     notes = [[name, cell.text, cell.note] for name, cell in row.cells.items() if cell.note]
     parts = [f"<p><code>{escape(str(row.path))}</code></p>"]
     if notes:
         parts.append(small_table(["column", "value", "of"], notes))
-    for protocol, found in row.evaluations.items():
-        values = ", ".join(
-            f"{name}: {MISSING if (share := finite(value)) is None else f'{100 * share:.2f}'}"
-            for name, value in found["values"].items()
-        )
-        told = [(key, str(found.get(key, MISSING))) for key in ("checkpoint", "network", "data")]
-        told = [("values", values), *told, ("date", str(found.get("date", MISSING)))]
-        command = escape(str(found.get("command", MISSING)))
-        parts.append(
-            f"<p>{escape(protocol)}</p><pre>{command}</pre>" + small_table(["", protocol], told)
-        )
+    if row.evaluations:
+        head = ("protocol", "values", *TOLD)
+        parts.append(small_table(head, starmap(measurement, row.evaluations.items())))
     if row.versions:
         parts.append(f"<p>versions.txt</p><pre>{escape(row.versions)}</pre>")
     return (

@@ -306,7 +306,7 @@ def test_counting_leaves_no_tensors_without_values_behind() -> None:
     fixed = {"class_path": "modules.backbones.ViT", "init_args": init_args}
     sincos2d.cache_clear()
     assert cost(json.dumps(fixed), None).macs
-    assert sincos2d(32, (5, 5)).device == torch.device("cpu")
+    assert sincos2d(32, (5, 5), False).device == torch.device("cpu")
 
 
 class Reader(HTMLParser):
