@@ -11,6 +11,7 @@
     patchlight resolutions RUN --sides 64,96,128       evaluate at several sizes, one picture
     patchlight knn --checkpoint C                      nearest neighbours of frozen features
     patchlight fewshot --checkpoint C                  linear classifiers from a few images a class
+    patchlight compare RUN [RUN ...]                   one table and one page with the curves
 
 `fit` and `validate` are LightningCLI: constructor signatures are the schema of a recipe, and
 `patchlight fit --help` lists them.
@@ -43,6 +44,7 @@ from callbacks.pictures import AugmentedBatch
 from callbacks.seeding import StepSeed
 from datamodules.check import main as check_data
 from experiments.checkpoints import export, inspect
+from experiments.compare import compare
 from experiments.judge import fewshot, knn
 from experiments.look import look
 from experiments.resolutions import resolutions
@@ -61,6 +63,7 @@ VERBS = {
     "resolutions": resolutions,
     "knn": knn,
     "fewshot": fewshot,
+    "compare": compare,
 }
 LIBRARIES = (
     *("patchlight", "torch", "torchvision", "lightning", "timm", "einops", "numpy", "pillow"),
@@ -215,9 +218,16 @@ def write_result(trainer: Trainer) -> None:
     """`result.json`: the metrics after the last step; a run that has it is finished."""
     if trainer.loggers and trainer.loggers[0].log_dir:
         metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
-        result = {"step": trainer.global_step, "metrics": metrics}
+        result = {"step": trainer.global_step, "epochs": epochs(trainer), "metrics": metrics}
         path = Path(trainer.loggers[0].log_dir) / RESULT
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def epochs(trainer: Trainer) -> float | None:
+    """Passes over the training data, in parts of one as well; None where nothing was trained."""
+    done = trainer.fit_loop.epoch_loop.batch_progress.total.completed
+    length = trainer.num_training_batches
+    return done / length if 0 < length < float("inf") else None
 
 
 def announce_end(trainer: Trainer) -> None:

@@ -1,7 +1,7 @@
 """Position tables of one grid brought to another, and tables that are computed."""
 
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -109,10 +109,10 @@ def sincos2d(dim: int, grid: Grid, big_vision: bool = False) -> Float[Tensor, "n
     if dim % 4 or dim == 4:
         raise ValueError(f"width {dim} is no multiple of 4 above 4, as sin-cos positions need")
     quarter = dim // 4
-    steps = torch.arange(quarter, dtype=torch.float64) / (quarter - big_vision)
-    y, x = torch.meshgrid(
-        *(torch.arange(size, dtype=torch.float64) for size in grid), indexing="ij"
-    )
+    # On the CPU whatever the default device is, which the cache knows nothing of.
+    made: Any = {"dtype": torch.float64, "device": "cpu"}
+    steps = torch.arange(quarter, **made) / (quarter - big_vision)
+    y, x = torch.meshgrid(*(torch.arange(size, **made) for size in grid), indexing="ij")
     angles = [place.reshape(-1, 1) * 10000.0**-steps for place in (x, y)]
     waves = [wave(angle) for angle in angles for wave in (torch.sin, torch.cos)]
     return torch.cat(waves, dim=1).float()
