@@ -7,7 +7,10 @@ monitors.py     FiniteLoss      stops a run that diverged
                 Throughput      images per second
 pictures.py     AugmentedBatch  the batch as the network sees it
                 Pictures        what the method draws of held-out images
+probes.py       OnlineProbe     a linear classifier beside any method
 seeding.py      StepSeed        one seed a step
+
+and what they share with methods: `standardize`, `tally`.
 """
 
 from callbacks.checkpoint import Checkpoint
@@ -15,6 +18,7 @@ from callbacks.ema import EMA
 from callbacks.knn import KNN
 from callbacks.monitors import FiniteLoss, Throughput
 from callbacks.pictures import AugmentedBatch, Pictures
+from callbacks.probes import OnlineProbe
 from callbacks.seeding import StepSeed
 
 __all__ = [
@@ -23,6 +27,7 @@ __all__ = [
     "AugmentedBatch",
     "Checkpoint",
     "FiniteLoss",
+    "OnlineProbe",
     "Pictures",
     "StepSeed",
     "Throughput",

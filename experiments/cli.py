@@ -1,6 +1,7 @@
 """The `patchlight` command.
 
     patchlight fit --config RECIPE [--key value ...]   train
+    patchlight fit --config RECIPE --weights CHECKPOINT    train from weights, of any method
     patchlight fit --resume RUN                        go on with a run that was stopped
     patchlight validate --config RUN/config.yaml --ckpt_path RUN/checkpoints/best.ckpt
     patchlight check-data DIR                          find unreadable images beforehand
@@ -48,6 +49,7 @@ from experiments.compare import compare
 from experiments.judge import fewshot, knn
 from experiments.look import look
 from experiments.resolutions import resolutions
+from experiments.start import take_weights
 from experiments.sweep import RESULT, sweep
 
 EXPERIMENTS = Path(__file__).parent
@@ -316,7 +318,7 @@ def main() -> int:
             return VERBS[arguments[0]](arguments[1:])
         resume: Path | None = None
         if arguments[0] == "fit":
-            arguments, resume = take_resume(arguments)
+            arguments, resume = take_resume(take_weights(arguments))
             # Lightning starts further processes with the same command line.
             sys.argv[1:] = arguments
         PatchlightCLI(resume)

@@ -147,14 +147,24 @@ def default_part(parts: dict[str, State]) -> str:
     return next((name for name in PREFERRED if name in parts), next(iter(parts)))
 
 
-def backbone_told_by(state: State, checkpoint: str) -> Backbone:
-    """What the names and shapes of a file tell; options that leave no trace have their defaults."""
+def arguments_told_by(state: State, checkpoint: str) -> dict[str, Any]:
+    """Arguments of a ViT that names and shapes of a file tell, UNKNOWN where they do not.
+
+    Raises:
+        ValueError: no ViT of ours.
+    """
     found = describe(state).backbone
     if found is None:
         raise ValueError(
             f"{checkpoint} holds no ViT that names and shapes tell; name a recipe with its "
             f"backbone: --config RECIPE"
         )
+    return found
+
+
+def backbone_told_by(state: State, checkpoint: str) -> Backbone:
+    """What the names and shapes of a file tell; options that leave no trace have their defaults."""
+    found = arguments_told_by(state, checkpoint)
     if UNKNOWN in found.values():
         missing = next(name for name, value in found.items() if value == UNKNOWN)
         raise ValueError(

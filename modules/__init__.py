@@ -1,13 +1,15 @@
 """Methods that a recipe can name, one file each.
 
     supervised.py   Supervised   cross-entropy on labels, with everything DeiT adds to it
+    probe.py        LinearProbe  linear heads on a frozen backbone, as MAE and DINO are judged
 
-and what they share: `optim`, `lars`, `schedules`, `distillation`, `metrics`, `weights`,
+and what they share: `optim`, `lars`, `schedules`, `losses`, `checks`, `distillation`, `weights`,
 `backbones`, and, to look inside, `analysis` and `drawing`.
 """
 
 from jsonargparse import set_parsing_settings
 
+from modules.probe import LinearProbe
 from modules.supervised import Supervised
 
 # A config or a checkpoint may name classes of these packages and no others: whatever else it
@@ -25,4 +27,4 @@ set_parsing_settings(
     instantiate_subclass_spec_in_any=False,
 )
 
-__all__ = ["Supervised"]
+__all__ = ["LinearProbe", "Supervised"]

@@ -5,7 +5,7 @@
 a schedule is the trainer's step counter.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -145,12 +145,14 @@ def parameter_groups(
     weight_decay: float,
     no_decay: Iterable[str] = (),
     layer_decay: float | None = None,
+    own_scale: Callable[[str], float] = lambda name: 1.0,
 ) -> list[dict[str, Any]]:
     """Split the trainable parameters of `module` into groups with and without weight decay.
 
     Without: tensors of fewer than two axes (biases, norm scales), names ending in `.bias`, and
-    the names in `no_decay`. With `layer_decay` every layer has its own two groups. Every
-    trainable parameter is in exactly one group.
+    the names in `no_decay`. With `layer_decay` every layer has its own two groups; `own_scale`
+    is a further factor of the rate by a parameter's name. Every trainable parameter is in exactly
+    one group.
 
     Returns:
         Groups for a torch optimiser, each with its `name`, its `param_names` and the `lr_scale`
@@ -168,7 +170,8 @@ def parameter_groups(
         if not parameter.requires_grad:
             continue
         exempt = parameter.ndim < 2 or name.endswith(".bias") or name in exempt_names
-        kind, scale = "no decay" if exempt else "decay", layer_scale(module, name, layer_decay)
+        kind = "no decay" if exempt else "decay"
+        scale = layer_scale(module, name, layer_decay) * own_scale(name)
         empty: dict[str, Any] = {"name": kind, "params": [], "param_names": [], "lr_scale": scale}
         group = groups.setdefault((scale, kind), empty)
         group["weight_decay"] = 0.0 if exempt else weight_decay
@@ -196,10 +199,13 @@ def describe_groups(groups: Sequence[dict[str, Any]]) -> str:
 
 
 def build(
-    how: Optimization, module: nn.Module, no_decay: Iterable[str] = ()
+    how: Optimization,
+    module: nn.Module,
+    no_decay: Iterable[str] = (),
+    own_scale: Callable[[str], float] = lambda name: 1.0,
 ) -> torch.optim.Optimizer:
     """The torch optimiser over `module`'s trainable parameters; prints the groups once."""
-    groups = parameter_groups(module, how.weight_decay, no_decay, how.layer_decay)
+    groups = parameter_groups(module, how.weight_decay, no_decay, how.layer_decay, own_scale)
     rank_zero_info("\n" + describe_groups(groups))
     betas = (how.momentum, how.beta2)
     if how.name == "sgd":

@@ -24,21 +24,26 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from callbacks.ema import EMA, Average
+from callbacks.tally import Tally
 from datamodules.batch import ImageBatch, Images, PackedBatch
 from datamodules.module import Needs, SourceDataModule
 from datamodules.packed import PackedDataModule
 from modules import optim
-from modules.backbones import Backbone
+from modules.backbones import Backbone, Features
+from modules.checks import check_classes, check_precision
 from modules.distillation import Distillation, Teacher, distill
 from modules.drawing import pictures_of
 from modules.losses import LOSSES, loss_per_image, soft_targets
-from modules.metrics import Tally
 from modules.optim import Optimization
 from modules.weights import load as load_weights
+from modules.weights import load_backbone
+
+HeadInit = Literal["timm", "zero", "mae"]
+HEAD_STD = {"timm": 0.02, "zero": 0.0, "mae": 2e-5}
 
 
 class Classifier(nn.Module):
@@ -51,7 +56,7 @@ class Classifier(nn.Module):
         self,
         backbone: Backbone,
         num_classes: int,
-        head_init: Literal["timm", "zero"] = "timm",
+        head_init: HeadInit = "timm",
         head_bias: float = 0.0,
     ) -> None:
         super().__init__()
@@ -62,14 +67,17 @@ class Classifier(nn.Module):
             self.head_dist = nn.Linear(backbone.embed_dim, num_classes)
         for head in (head for head in (self.head, self.head_dist) if head is not None):
             nn.init.constant_(head.bias, head_bias)
-            if head_init == "zero":
-                nn.init.zeros_(head.weight)
+            if std := HEAD_STD[head_init]:
+                nn.init.trunc_normal_(head.weight, std=std)
             else:
-                nn.init.trunc_normal_(head.weight, std=0.02)
+                nn.init.zeros_(head.weight)
 
     def heads(self, images: Images) -> tuple[Float[Tensor, "b k"], Float[Tensor, "b k"] | None]:
         """The logits of the head and, where there is one, of the distillation token's."""
-        features = self.backbone(images)
+        return self.read(self.backbone(images))
+
+    def read(self, features: Features) -> tuple[Float[Tensor, "b k"], Float[Tensor, "b k"] | None]:
+        """The same from what the backbone gave."""
         if self.head_dist is None:
             return self.head(features.pooled), None
         return self.head(features.pooled), self.head_dist(features.dist)
@@ -105,13 +113,16 @@ class Supervised(LightningModule):
             image counts as present (DeiT-III). Evaluation uses the same one.
         label_smoothing: share of the target spread evenly over all classes; not for bce, which
             would take every class for present.
-        head_init: first weights of the head: "timm" (normal, std 0.02) or "zero".
+        head_init: first weights of the head: "timm" (normal, std 0.02), "zero", or "mae" (normal,
+            std 2e-5: He et al. 2021, its published code for fine-tuning).
         head_bias: first value of its biases; -6.9 (ImageNet-1k) and -10 (21k) in AugReg, where
             a sigmoid begins with few classes present.
         distillation: what the backbone's distillation token learns from; null for no teacher,
             where both heads learn from the labels.
         weights: what to start from: a file of ours, timm, DeiT, MAE, DINO or Google, or
             `timm:NAME` (`modules.weights`); every tensor of it has to be used.
+        weights_scope: "all" of the network, or the "backbone" of a checkpoint of any method: the
+            head begins anew, and what others kept beside a backbone stays behind.
         weights_part: which network of the file, where it holds several (averaged, teacher).
         weights_drop: names that may be left over in the file and keep their first values here,
             such as `head` where the classes differ.
@@ -129,16 +140,17 @@ class Supervised(LightningModule):
         optimizer: Optimization = Optimization(),  # noqa: B008 - frozen
         loss: Literal["softmax", "sigmoid", "bce"] = "softmax",
         label_smoothing: float = 0.0,
-        head_init: Literal["timm", "zero"] = "timm",
+        head_init: HeadInit = "timm",
         head_bias: float = 0.0,
         distillation: Distillation | None = None,
         weights: str | None = None,
+        weights_scope: Literal["all", "backbone"] = "all",
         weights_part: str | None = None,
         weights_drop: Sequence[str] = (),
         ema_decay: float | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)  # the run's config.yaml has them
         if num_classes < 1:
             raise ValueError(f"num_classes is {num_classes}; expected at least 1")
         if not 0.0 <= label_smoothing < 1.0:
@@ -150,8 +162,10 @@ class Supervised(LightningModule):
                 f"label_smoothing is {label_smoothing}, but loss bce takes every class with a "
                 f"share for present, which would be all; set label_smoothing to 0"
             )
-        if head_init not in ("timm", "zero"):
-            raise ValueError(f"head_init is {head_init!r}; expected 'timm' or 'zero'")
+        if head_init not in HEAD_STD:
+            raise ValueError(f"head_init is {head_init!r}; expected one of {', '.join(HEAD_STD)}")
+        if weights_scope not in ("all", "backbone"):
+            raise ValueError(f"weights_scope is {weights_scope!r}; expected 'all' or 'backbone'")
         if ema_decay is not None and not 0.0 <= ema_decay < 1.0:
             raise ValueError(f"ema_decay is {ema_decay}; expected within [0, 1), or null")
         self.num_classes, self.loss, self.label_smoothing = num_classes, loss, label_smoothing
@@ -165,6 +179,7 @@ class Supervised(LightningModule):
         if weights is None and (weights_part is not None or weights_drop):
             raise ValueError("weights_part and weights_drop are about weights, which is not set")
         self.weights, self.weights_part, self.weights_drop = weights, weights_part, weights_drop
+        self.weights_scope = weights_scope
         self.distillation = distillation
         self.teacher: Teacher | None = None  # built for training only, which alone needs it
         self.averaged: Classifier | None = None
@@ -174,24 +189,8 @@ class Supervised(LightningModule):
 
     def setup(self, stage: str) -> None:
         data = getattr(self.trainer, "datamodule", None)
-        names = getattr(data, "class_names", None)
-        if names is not None and not names:
-            raise ValueError("the data has no labels, and supervised training needs them")
-        if names is not None and len(names) > self.num_classes:
-            raise ValueError(
-                f"the data has {len(names)} classes, but model.num_classes is "
-                f"{self.num_classes}; set it to {len(names)}"
-            )
-        if names is not None and len(names) < self.num_classes:
-            rank_zero_warn(
-                f"the data has {len(names)} classes, but model.num_classes is {self.num_classes}: "
-                f"some outputs are never right"
-            )
-        if self.trainer.precision not in ("32-true", "bf16-mixed", "16-mixed"):
-            raise ValueError(
-                f"trainer.precision is {self.trainer.precision!r}; expected 32-true, bf16-mixed "
-                f"or 16-mixed, which keep the weights in float32"
-            )
+        check_classes(data, self.num_classes)
+        check_precision(self.trainer)
         backbone = self.classifier.backbone
         if isinstance(data, SourceDataModule):
             data.fit_to(Needs.of(backbone))
@@ -217,8 +216,11 @@ class Supervised(LightningModule):
 
     def on_fit_start(self) -> None:
         if self.weights is not None and self.trainer.ckpt_path is None:  # a run that starts
-            part, drop = self.weights_part, self.weights_drop
-            rank_zero_info(str(load_weights(self.classifier, self.weights, part, drop)))
+            given = (self.weights, self.weights_part, self.weights_drop)
+            if self.weights_scope == "backbone":
+                rank_zero_info(str(load_backbone(self.classifier.backbone, *given)))
+            else:
+                rank_zero_info(str(load_weights(self.classifier, *given)))
             if self.averaged is not None:
                 self.averaged.load_state_dict(self.classifier.state_dict())
         if self.teacher is not None:
@@ -259,19 +261,21 @@ class Supervised(LightningModule):
         data: SourceDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
         return pictures_of(self.classifier.backbone, images, data.mean, data.std)
 
-    def training_step(self, batch: ImageBatch | PackedBatch, batch_idx: int) -> Float[Tensor, ""]:
+    def training_step(self, batch: ImageBatch | PackedBatch, batch_idx: int) -> dict[str, Tensor]:
         targets = soft_targets(batch, self.num_classes, self.label_smoothing)
-        if self.teacher is None or self.distillation is None:
-            losses = loss_per_image(self.loss, self(batch.images), targets)
-        else:
-            logits, dist = self.classifier.heads(batch.images)
+        features = self.classifier.backbone(batch.images)
+        logits, dist = self.classifier.read(features)
+        if self.teacher is not None and self.distillation is not None:
             assert dist is not None
             assert isinstance(batch.images, Tensor)  # `setup` saw to it
             base = loss_per_image(self.loss, logits, targets)
             losses = distill(self.distillation, base, dist, self.teacher(batch.images))
+        else:
+            logits = logits if dist is None else (logits + dist) / 2
+            losses = loss_per_image(self.loss, logits, targets)
         loss = batch.mean(losses)
         self.log("train/loss", loss, prog_bar=True, batch_size=batch.num_images, sync_dist=True)
-        return loss
+        return {"loss": loss, "embedding": features.pooled.detach()}
 
     def validation_step(self, batch: ImageBatch | PackedBatch, batch_idx: int) -> None:
         self.count(self.tally, self.classifier, batch)

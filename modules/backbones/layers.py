@@ -63,6 +63,12 @@ class Backbone(nn.Module):
     def forward(self, images: Float[Tensor, "b c height width"] | Packed) -> Features:
         raise NotImplementedError
 
+    def last_blocks(
+        self, images: Float[Tensor, "b c height width"] | Packed, count: int
+    ) -> list[Features]:
+        """What the last `count` blocks give, the last one last, each read out as `forward` does."""
+        raise NotImplementedError
+
     def no_weight_decay(self) -> frozenset[str]:
         """Names of parameters that are no weight matrices though they have two axes or more."""
         tokens = ("cls_token", "dist_token", "reg_token", "attn_pool.latent")

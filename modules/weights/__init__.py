@@ -225,6 +225,7 @@ def to_timm(network: nn.Module) -> State:
         raise ValueError(f"{type(vit).__name__} has no counterpart among timm's ViTs")
     lacks = {
         "pre_logits": vit.pre_logits is not None,
+        "probe's heads": hasattr(network, "heads") and not hasattr(network, "head"),
         "registers beside a distillation token": (
             vit.dist_token is not None and vit.reg_token is not None
         ),

@@ -11,12 +11,14 @@ import yaml
 
 from callbacks.checkpoint import read_checkpoint
 from experiments import cli
+from experiments.start import take_weights
+from modules.backbones import ViT
 from tests.runs import EXPERIMENTS, RECIPES, differences, only_run
 
 
 def fit(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> cli.PatchlightCLI:
     """What `patchlight fit` leaves behind, in this process."""
-    command, resume = cli.take_resume(["fit", *arguments])
+    command, resume = cli.take_resume(take_weights(["fit", *arguments]))
     monkeypatch.setattr(sys, "argv", ["patchlight", *command])
     return cli.PatchlightCLI(resume)
 
@@ -32,6 +34,16 @@ def teacher(recipe: Path, directory: Path) -> list[str]:
     return [f"{start}.teacher={name}", f"{start}.weights={weights}"]
 
 
+def weights(recipe: Path, directory: Path) -> list[str]:
+    """A recipe whose backbone is that of a checkpoint gets one with the overlay's size."""
+    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    if "class_path" in content["model"]["init_args"].get("backbone", {}):
+        return []
+    vit = ViT("mu", depth=4, in_channels=content["data"]["init_args"].get("channels", 3))
+    torch.save(vit.state_dict(), directory / "weights.pth")
+    return ["--weights", str(directory / "weights.pth")]
+
+
 def smoke_for(recipe: Path) -> Path:
     """The overlay that makes a recipe small: packs have rows in the place of a batch size."""
     data = yaml.safe_load(recipe.read_text(encoding="utf-8"))["data"]["class_path"]
@@ -43,7 +55,7 @@ def test_recipe(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(tmp_path)
     quiet = "--trainer.enable_progress_bar=false"
     smoke = ["--config", str(recipe), "--config", str(smoke_for(recipe)), quiet]
-    smoke += teacher(recipe, tmp_path)
+    smoke += teacher(recipe, tmp_path) + weights(recipe, tmp_path)
     first = fit(monkeypatch, *smoke, "--trainer.max_steps=1")
     assert first.trainer.global_step == 1
     run = only_run(tmp_path)

@@ -13,11 +13,11 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from timm.models.deit import VisionTransformerDistilled
 
 from callbacks.checkpoint import read_checkpoint
+from callbacks.tally import Tally
 from datamodules.batch import ImageBatch, Mixed
 from modules import Supervised
 from modules.backbones import ViT
 from modules.losses import loss_per_image, soft_cross_entropy, soft_targets
-from modules.metrics import Tally
 from modules.optim import Optimization
 from modules.supervised import Classifier
 from modules.weights import to_timm

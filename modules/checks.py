@@ -1,0 +1,43 @@
+"""What methods ask of their data and of the trainer before the first step."""
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+
+def check_classes(data: Any, num_classes: int) -> None:
+    """Refuse a data module without labels or with more classes than a method has outputs.
+
+    Raises:
+        ValueError: either of them. Fewer classes are warned of; data that does not say how many
+            it has is taken as it is.
+    """
+    names = getattr(data, "class_names", None)
+    if names is None:
+        return
+    if not names:
+        raise ValueError("the data has no labels, and supervised training needs them")
+    if len(names) > num_classes:
+        raise ValueError(
+            f"the data has {len(names)} classes, but model.num_classes is {num_classes}; set it "
+            f"to {len(names)}"
+        )
+    if len(names) < num_classes:
+        rank_zero_warn(
+            f"the data has {len(names)} classes, but model.num_classes is {num_classes}: some "
+            f"outputs are never right"
+        )
+
+
+def check_precision(trainer: Trainer) -> None:
+    """Refuse precisions that keep the weights in fewer than 32 bits.
+
+    Raises:
+        ValueError: one of them.
+    """
+    if trainer.precision not in ("32-true", "bf16-mixed", "16-mixed"):
+        raise ValueError(
+            f"trainer.precision is {trainer.precision!r}; expected 32-true, bf16-mixed or "
+            f"16-mixed, which keep the weights in float32"
+        )
