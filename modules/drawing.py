@@ -209,7 +209,7 @@ def pairs(
 
 
 def mosaic(
-    lines: Sequence[Float[Tensor, "tiles 3 height width"]], title: str, names: Sequence[str] = ()
+    lines: Sequence[Float[Tensor, "_ 3 height width"]], title: str, names: Sequence[str] = ()
 ) -> Picture:
     """Tiles in lines, white where a line is shorter, with a title and names of the columns."""
     columns = max(len(line) for line in lines)
