@@ -208,7 +208,9 @@ class KNN(Callback):
             return False
         if trainer.state.fn != "fit":
             return True
-        last = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
+        # After the last epoch the trainer counts one more.
+        last = trainer.max_epochs is not None and trainer.current_epoch + 1 >= trainer.max_epochs
+        last = last or 0 < trainer.max_steps <= trainer.global_step
         return last or (trainer.current_epoch + 1) % self.every_n_epochs == 0
 
     def embed(self, pl_module: LightningModule, images: Any) -> Tensor:

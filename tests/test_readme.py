@@ -1,5 +1,6 @@
 """Every command of the README works as it stands there."""
 
+import json
 import re
 import shlex
 import shutil
@@ -47,7 +48,8 @@ def test_every_link_leads_somewhere_and_no_figure_is_missing() -> None:
 def test_nothing_is_left_out_here() -> None:
     tested = ("pip", "mkdir -p data/Fashion", "patchlight check-data", "patchlight validate")
     tested += ("patchlight inspect", "patchlight export", "patchlight sweep")
-    tested += ("patchlight resolutions",)
+    tested += ("patchlight resolutions", "patchlight knn", "patchlight fewshot", "patchlight look")
+    tested += ("patchlight compare",)
     for line in COMMANDS:
         assert line.startswith((*tested, "patchlight fit --resume", "patchlight fit --config"))
 
@@ -70,6 +72,37 @@ def test_train_resume_and_validate(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     table = tmp_path / "runs" / "sweep" / "supervised" / "table.md"
     assert [line.split(" | ")[0] for line in table.open()][2:] == ["| none", "| sincos2d"]
+
+
+@pytest.mark.slow
+def test_judging_looking_inside_and_comparing(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
+    tree(tmp_path / "my_images")
+    start = "patchlight fit --config experiments/quickstart/supervised.yaml --trainer.callbacks"
+    done = patchlight(*command(start), *QUICK, *SHORT, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "quickstart" / "supervised" / "version_0"
+    metrics = json.loads((run / "result.json").read_text())["metrics"]
+    assert {"val/knn_top1", "val/probe_accuracy"} <= set(metrics)
+    for start in ("patchlight knn", "patchlight fewshot", "patchlight look"):
+        done = patchlight(*command(start), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert {file.stem for file in (run / "evaluations").iterdir()} == {"knn", "fewshot"}
+    assert len(list((run / "pictures").glob("*.png"))) >= 6
+    linear = command("patchlight fit --config experiments/quickstart/linear")
+    done = patchlight(*linear, *SHORT, QUICK[0], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = patchlight(*command("patchlight compare"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (row,) = (
+        line
+        for line in (tmp_path / "runs" / "compare.md").read_text().splitlines()
+        if "version_0" in line and line.startswith("|")
+    )
+    knn = json.loads((run / "evaluations" / "knn.json").read_text())["values"]["top1 k=20"]
+    assert f"{100 * knn:.2f}" in row
+    assert row.count("—") <= 2, row  # fine-tune, and images/s of so short a run
+    assert "<svg" in (tmp_path / "runs" / "compare.html").read_text()
 
 
 @pytest.mark.slow
@@ -114,6 +147,10 @@ def test_own_images_and_smoke(tmp_path: Path) -> None:
     done = patchlight(*own, *small, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "held-out accuracy" in done.stdout
+    tune = command("patchlight fit --config experiments/finetune/small.yaml")
+    small = ["--data.init_args.batch_size=4", "--data.init_args.num_workers=0", *QUICK, *SHORT]
+    done = patchlight(*tune, *small, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     smoke = command("patchlight fit --config experiments/supervised/vit_ti16.yaml --config")
     assert patchlight(*smoke, cwd=tmp_path).returncode == 0
 

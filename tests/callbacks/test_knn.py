@@ -187,6 +187,10 @@ def test_only_every_nth_epoch_and_the_last(tmp_path: Path) -> None:
 
     fit(tmp_path, Count(every_n_epochs=2, max_bank=40), max_epochs=5, num_sanity_val_steps=1)
     assert epochs == [1, 3, 4]
+    for limits in ({"max_epochs": 1}, {"max_epochs": 9, "max_steps": 7}):
+        # An evaluation at the end, outside of the interval of evaluations.
+        trainer, _ = fit(tmp_path, KNN(9, max_bank=40), check_val_every_n_epoch=5, **limits)
+        assert "val/knn_top1" in trainer.callback_metrics
 
 
 def test_the_averaged_network_is_another(tmp_path: Path) -> None:
