@@ -114,13 +114,16 @@ def adjust_hue(images: Tensor, shift: Float[Tensor, " b"]) -> Images:
     """Turn the hue by `shift` of the circle, in [-0.5, 0.5]; 0 leaves an image as it is.
 
     There and back through HSV (Smith 1978): with hue h in sixths of the circle, a channel is
-    max - (max - min) * clip(min(k, 4 - k), 0, 1) at k = (h + 5, 3, 1) mod 6 for red, green, blue.
+    max - (max - min) * clip(2 - |d|, 0, 1), where d is h + (3, 1, -1) for red, green, blue, less
+    the next multiple of 6.
     """
     check_images(images)
     if images.shape[1] == 1:
         return images
     red, green, blue = images.unbind(dim=1)
-    low, high = images.aminmax(dim=1)
+    # Faster on a CPU than aminmax over the channels.
+    low = torch.minimum(torch.minimum(red, green), blue)
+    high = torch.maximum(torch.maximum(red, green), blue)
     span = high - low
     divisor = torch.where(span > 0, span, 1.0)
     hue = torch.where(
@@ -128,9 +131,11 @@ def adjust_hue(images: Tensor, shift: Float[Tensor, " b"]) -> Images:
         (green - blue) / divisor,
         torch.where(high == green, 2.0 + (blue - red) / divisor, 4.0 + (red - green) / divisor),
     )
-    offsets = torch.tensor([5.0, 3.0, 1.0], dtype=images.dtype, device=images.device)
-    k = (hue[:, None] + 6.0 * column(shift) + offsets[:, None, None]).remainder_(6.0)
-    turned = high[:, None] - span[:, None] * torch.minimum(k, 4.0 - k).clamp_(0.0, 1.0)
+    offsets = torch.tensor([3.0, 1.0, -1.0], dtype=images.dtype, device=images.device)
+    d = hue[:, None] + (6.0 * column(shift) + offsets[:, None, None])
+    # In place, and no remainder, which is slow: this is the dearest of all operations.
+    d.sub_((d / 6.0).round_(), alpha=6.0).abs_().neg_().add_(2.0).clamp_(0.0, 1.0)
+    turned = torch.addcmul(high[:, None], span[:, None], d, value=-1.0)
     return torch.where(column(shift) != 0, turned, images)
 
 
@@ -225,7 +230,8 @@ def blend_in_turn(images: Tensor, jitter: Jitter, place: int, now: Bool[Tensor, 
     # Saturation blends with the luminance, contrast with its mean, brightness with black.
     mean = gray.mean(dim=(1, 2, 3), keepdim=True)
     flat = torch.where(column(operation) == 1, mean, 0.0)
-    return blend(images, torch.where(column(operation) == 2, gray, flat), factor)
+    target = torch.addcmul(flat, gray, column(operation == 2).to(gray.dtype))
+    return blend(images, target, factor)
 
 
 THREE_AUGMENT_JITTER = ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3)
