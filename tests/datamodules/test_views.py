@@ -182,6 +182,14 @@ def test_colors_have_the_published_distribution_on_pillow(kind: int) -> None:
     assert shares[0] == pytest.approx(0.2, abs=0.05)
 
 
+def test_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    views = torch.stack([pictures(6), pictures(6, seed=1), pictures(6, seed=2)])
+    k = view_keys(keys(6), 3)
+    whole = ViewColors()(views, k, 0)
+    monkeypatch.setattr("datamodules.views.CPU_PIECE", 4 * 3 * 17 * 22)  # across views
+    torch.testing.assert_close(ViewColors()(views, k, 0), whole, atol=1e-6, rtol=0.0)
+
+
 def inverted_and_blurred(colors: ViewColors, first: int, n: int = 4000) -> tuple[float, float]:
     """Shares of views, from a dark dot beside a light step: only blur moves the dark values."""
     image = torch.full((3, 1, 16), 0.2)
