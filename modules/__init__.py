@@ -1,13 +1,15 @@
 """Methods that a recipe can name, one file each.
 
     supervised.py   Supervised   cross-entropy on labels, with everything DeiT adds to it
+    dino.py         DINO         self-distillation of several views, without labels
 
-and what they share: `optim`, `lars`, `schedules`, `distillation`, `metrics`, `weights`,
-`backbones`.
+and what they share: `optim`, `lars`, `schedules`, `distillation`, `dino_loss`, `metrics`,
+`weights`, `backbones`.
 """
 
 from jsonargparse import set_parsing_settings
 
+from modules.dino import DINO
 from modules.supervised import Supervised
 
 # A config or a checkpoint may name classes of these packages and no others: whatever else it
@@ -25,4 +27,4 @@ set_parsing_settings(
     instantiate_subclass_spec_in_any=False,
 )
 
-__all__ = ["Supervised"]
+__all__ = ["DINO", "Supervised"]
