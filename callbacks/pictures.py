@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from datamodules.batch import PackedImages
+from datamodules.batch import MultiCropBatch, PackedImages
 
 
 def for_display(
@@ -49,8 +49,31 @@ def unpack(
     return rearrange(canvas, pattern, c=channels, p=side, q=side)
 
 
+def beside(batch: MultiCropBatch, count: int) -> Float[Tensor, "count c height width"]:
+    """The views of the first images, an image a strip: global ones side by side, then local ones.
+
+    Local views stand in columns, as many as fit below each other. What they leave has the
+    largest value of its channel: white.
+    """
+    height = max(group.shape[-2] for group in batch.crops)
+    columns: list[Tensor] = []
+    for group in batch.crops:
+        views = list(group[:, :count])
+        white = group.amax(dim=(0, 1, 3, 4))[:, None, None]
+        fitting = height // group.shape[-2]
+        for start in range(0, len(views), fitting):
+            column = torch.cat(views[start : start + fitting], dim=-2)
+            canvas = white.expand(*column.shape[:2], height, column.shape[-1]).clone()
+            canvas[:, :, : column.shape[-2]] = column
+            columns.append(canvas)
+    return torch.cat(columns, dim=-1)
+
+
 class AugmentedBatch(Callback):
-    """Once a run: the first training batch (32 images of it) as the network sees it."""
+    """Once a run: the first training batch as the network sees it.
+
+    32 images of it, or all views of eight.
+    """
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -59,8 +82,11 @@ class AugmentedBatch(Callback):
             return
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                images = batch.images
-                if isinstance(images, PackedImages):
-                    images = unpack(images, trainer.datamodule.channels, 32)  # type: ignore[attr-defined]
-                grid = for_display(images[:32])
+                if isinstance(batch, MultiCropBatch):
+                    grid = for_display(beside(batch, 8), columns=1)
+                elif isinstance(batch.images, PackedImages):
+                    channels = trainer.datamodule.channels  # type: ignore[attr-defined]
+                    grid = for_display(unpack(batch.images, channels, 32))
+                else:
+                    grid = for_display(batch.images[:32])
                 logger.experiment.add_image("train/augmented_batch", grid, 0)

@@ -1,13 +1,15 @@
 """Data modules that a recipe can name.
 
-    images.py   ImageDataModule    labelled images of any source, cropped and augmented
-    packed.py   PackedDataModule   the same in their own aspect and many sizes, packed into rows
+    images.py     ImageDataModule      labelled images of any source, cropped and augmented
+    multicrop.py  MultiCropDataModule  two global and several local views of every image
+    packed.py     PackedDataModule     images in their own aspect and many sizes, packed into rows
 
-and what they are made of: `sources`, `sizes`, `sampling`, `geometry`, `photometric`, `augment`,
-`packing`, `rows`, `batch`.
+and what they are made of: `sources`, `sizes`, `sampling`, `one_size`, `geometry`, `views`,
+`photometric`, `augment`, `packing`, `rows`, `batch`.
 """
 
 from datamodules.images import ImageDataModule
+from datamodules.multicrop import MultiCropDataModule
 from datamodules.packed import PackedDataModule
 
-__all__ = ["ImageDataModule", "PackedDataModule"]
+__all__ = ["ImageDataModule", "MultiCropDataModule", "PackedDataModule"]

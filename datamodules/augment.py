@@ -18,7 +18,7 @@ from datamodules.batch import ImageBatch, Mixed
 BITS = 0xFFFFFFFF
 PLACES = 1 << 20  # where the noise of an image may begin
 # Streams: draws of one kind never meet those of another. Their numbers are part of every result.
-ERASE, NOISE, MIX, CHOICE, BLUR, JITTER = range(1, 7)
+ERASE, NOISE, MIX, CHOICE, BLUR, JITTER, VIEW, FLIP, GRAY, SOLARIZE = range(1, 11)
 
 
 def hash32(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
@@ -32,13 +32,26 @@ def hash32(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
     return x ^ (x >> 16)
 
 
-def uniforms(keys: Int[Tensor, " b"], stream: int, count: int) -> Float[Tensor, "b {count}"]:
-    """`count` numbers in (0, 1) for every key; another stream gives others."""
+def words(keys: Int[Tensor, " b"], stream: int, count: int) -> Int[Tensor, "b {count}"]:
+    """`count` random 32-bit integers for every key; another stream gives others."""
     low, high = keys & BITS, keys >> 32
     seeds = hash32(hash32(low ^ stream * 0x9E3779B9 & BITS) ^ high & BITS)
     counters = torch.arange(count, device=keys.device) * 0x9E3779B9 & BITS
-    bits = hash32(hash32(seeds[:, None] ^ counters) ^ low[:, None])
-    return ((bits >> 9).float() + 0.5) * 2.0**-23
+    return hash32(hash32(seeds[:, None] ^ counters) ^ low[:, None])
+
+
+def uniforms(keys: Int[Tensor, " b"], stream: int, count: int) -> Float[Tensor, "b {count}"]:
+    """`count` numbers in (0, 1) for every key; another stream gives others."""
+    return ((words(keys, stream, count) >> 9).float() + 0.5) * 2.0**-23
+
+
+def view_keys(keys: Int[Tensor, " b"], count: int) -> Int[Tensor, "{count} b"]:
+    """63-bit keys for `count` views of every image, each as good as a key of its own.
+
+    Those of the first views do not depend on how many there are.
+    """
+    low, high = words(keys, VIEW, 2 * count).view(-1, count, 2).unbind(dim=2)
+    return (low | (high >> 1) << 32).T
 
 
 def normals(keys: Int[Tensor, " b"], stream: int, count: int) -> Float[Tensor, "b {count}"]:

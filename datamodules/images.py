@@ -1,54 +1,18 @@
 """Labelled images: a source, geometry in workers, augmentation on the device."""
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from datamodules.augment import Mixing, erase, normalize
 from datamodules.batch import ImageBatch
-from datamodules.geometry import EvalGeometry, Interpolation, TrainGeometry
-from datamodules.module import IMAGENET_MEAN, IMAGENET_STD, Needs, SourceDataModule, limited
+from datamodules.geometry import Interpolation, TrainGeometry
+from datamodules.module import IMAGENET_MEAN, IMAGENET_STD
+from datamodules.one_size import ImageDataset, OneSizeDataModule, collate
 from datamodules.photometric import three_augment
-from datamodules.sampling import EvalBatches, Sample, TrainBatches
-from datamodules.sources import Source
-from datamodules.unreadable import read_example
-
-Geometry = TrainGeometry | EvalGeometry
 
 
-class ImageDataset(Dataset[ImageBatch]):
-    """Turns a `Sample` into an `ImageBatch` of one, without its batch axis.
-
-    An unreadable image is replaced by another one, the same every time, and flagged.
-    """
-
-    def __init__(self, source: Source, geometry: Geometry) -> None:
-        self.source, self.geometry = source, geometry
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, sample: Sample) -> ImageBatch:
-        example, is_replaced = read_example(self.source, sample.item)
-        return ImageBatch(
-            images=self.geometry(example.image, sample.key),
-            labels=torch.tensor(example.label),
-            indices=torch.tensor(sample.item),
-            keys=torch.tensor(sample.key),
-            is_valid=torch.tensor(sample.is_valid),
-            is_replaced=torch.tensor(is_replaced),
-        )
-
-
-def collate(samples: Sequence[ImageBatch]) -> ImageBatch:
-    """Stack what `ImageDataset` gives, field by field; nothing is mixed yet."""
-    columns = [torch.stack(column) for column in zip(*(s[:6] for s in samples), strict=True)]
-    return ImageBatch(*columns)  # type: ignore[arg-type]  # mypy cannot count the columns
-
-
-class ImageDataModule(SourceDataModule):
+class ImageDataModule(OneSizeDataModule):
     """Batches of labelled images from any source.
 
     Args:
@@ -112,12 +76,10 @@ class ImageDataModule(SourceDataModule):
         max_bad: float = 0.01,
     ) -> None:
         super().__init__(
-            *(source, root, source_args, channels, num_workers, mean, std, max_bad, eval_side)
+            *(source, root, source_args, channels, num_workers, mean, std, max_bad, eval_side),
+            *(image_size, batch_size, crop_ratio, flip, interpolation, eval_crop),
         )
-        self.batch_size = batch_size
-        self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        self.crop_scale, self.crop_ratio, self.flip = crop_scale, crop_ratio, flip
-        self.interpolation, self.eval_crop = interpolation, eval_crop
+        self.crop_scale = crop_scale
         self.erasing, self.repeats, self.three_augment = erasing, repeats, three_augment
         self.mixing = Mixing(mixup, cutmix, mix_probability)
         self.check_arguments()
@@ -129,63 +91,20 @@ class ImageDataModule(SourceDataModule):
         self.rand_augment = self.make_rand_augment(rand_augment)
 
     def check_arguments(self) -> None:
-        if self.batch_size < 1 or (self.mixing and self.batch_size % 2):
+        if self.mixing and self.batch_size % 2:
             raise ValueError(
-                f"batch_size is {self.batch_size}; expected at least 1, and an even number "
-                f"for mixup or cutmix, which mix pairs"
+                f"batch_size is {self.batch_size}; expected an even number for mixup or cutmix, "
+                f"which mix pairs"
             )
         if self.repeats < 1:
             raise ValueError(f"repeats is {self.repeats}; expected at least 1")
         if self.three_augment and self.channels != 3:
             raise ValueError(f"three_augment needs 3 channels, but channels is {self.channels}")
-        self.check_shares("flip", "erasing")
-        if not 0.0 < self.eval_crop <= 1.0:
-            raise ValueError(f"eval_crop is {self.eval_crop}; expected within (0, 1]")
-        low, high = self.crop_scale
-        if not 0.0 < low <= high <= 1.0:
-            raise ValueError(f"crop_scale is {self.crop_scale}; expected 0 < low <= high <= 1")
-        if not 0.0 < self.crop_ratio[0] <= self.crop_ratio[1]:
-            raise ValueError(f"crop_ratio is {self.crop_ratio}; expected 0 < low <= high")
-
-    def fit_to(self, needs: Needs) -> None:
-        """Take the backbone's image size where none was given, and refuse another one.
-
-        The backbone would take it, and resample its positions at every step.
-        """
-        super().fit_to(needs)
-        made_for = needs.image_size
-        if self.image_size is None:
-            if made_for is None:
-                raise ValueError(
-                    "data.init_args.image_size is null, and the backbone takes any size; set it"
-                )
-            self.image_size = made_for
-        elif made_for is not None and self.image_size != made_for:
-            height, width = self.image_size
-            raise ValueError(
-                f"data.init_args.image_size is {height}x{width}, but the backbone is made for "
-                f"{made_for[0]}x{made_for[1]}; to train at {height}x{width} set "
-                f"model.init_args.backbone.init_args.image_size to "
-                f"{height if height == width else [height, width]} (weights made for another size "
-                f"are resampled to it)"
-            )
+        self.check_shares("erasing")
+        self.check_scales("crop_scale")
 
     def train_dataloader(self) -> DataLoader[ImageBatch]:
         """The loader of this rank, going on where the trainer's batch counter stands."""
-        rank, world_size = self.place()
-        batches_done, limit = self.progress()
-        size = (len(self.train_source), self.batch_size, self.seed, rank, world_size)
-        length = len(TrainBatches(*size, repeats=self.repeats))
-        per_epoch = limited(length, limit)
-        sampler = TrainBatches(*size, batches_done, per_epoch, self.repeats)
-        self.check_resumed(
-            {
-                "images": len(self.train_source),
-                "images in a global batch": self.batch_size * world_size,
-                "batches in an epoch": per_epoch,
-                "repeats": self.repeats,
-            }
-        )
         geometry = TrainGeometry(
             self.known_size(),
             self.crop_scale,
@@ -194,24 +113,8 @@ class ImageDataModule(SourceDataModule):
             self.interpolation,
             self.rand_augment,
         )
-        return self.loader(ImageDataset(self.train_source, geometry), sampler, collate)
-
-    def known_size(self) -> tuple[int, int]:
-        """(height, width), which `fit_to` fills in where it was left open."""
-        if self.image_size is None:
-            raise ValueError("data.image_size is null, and no method said what it needs; set it")
-        return self.image_size
-
-    def eval_loader(self, source: Source) -> DataLoader[ImageBatch]:
-        """The images of a source that are this rank's, each once, cropped as in evaluation."""
-        side = self.eval_side
-        size = self.known_size() if side is None else (side, side)
-        if self.needs is not None:
-            patch, prefix = self.needs.patch_size, self.needs.num_prefix_tokens
-            self.eval_tokens = prefix + (size[0] // patch) * (size[1] // patch)
-        sampler = EvalBatches(len(source), self.batch_size, *self.place())
-        geometry = EvalGeometry(size, self.eval_crop, self.interpolation)
-        return self.loader(ImageDataset(source, geometry), sampler, collate)
+        dataset = ImageDataset(self.train_source, geometry)
+        return self.loader(dataset, self.train_batches(self.repeats), collate)
 
     def on_after_batch_transfer(self, batch: ImageBatch, dataloader_idx: int) -> ImageBatch:
         """Normalise; in training also augment, erase and mix. On the device, in batches."""

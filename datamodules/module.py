@@ -10,7 +10,7 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from datamodules.batch import ImageBatch, PackedBatch
+from datamodules.batch import ImageBatch, MultiCropBatch, PackedBatch
 from datamodules.geometry import Augment, make_rand_augment
 from datamodules.sampling import epoch_order, run_seed
 from datamodules.sources import Source, Split, Subset, open_source
@@ -18,7 +18,7 @@ from datamodules.unreadable import Unreadable
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-Batch = TypeVar("Batch", ImageBatch, PackedBatch)
+Batch = TypeVar("Batch", ImageBatch, MultiCropBatch, PackedBatch)
 
 
 class Needs(NamedTuple):
