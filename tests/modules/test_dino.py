@@ -256,7 +256,8 @@ def test_every_option_changes_the_training(tmp_path: Path) -> None:
         {"koleo": 0.1},
         {"backbone": {"drop_path": 0.2, "num_registers": 2}},
         {"optimizer": views.optimization(weight_decay_end=None)},
-        {"optimizer": views.optimization(schedule="cosine")},
+        {"optimizer": views.optimization(warmup_epochs=2.0)},
+        {"optimizer": views.optimization(warmup_epochs=2.0, schedule="cosine")},
         {"optimizer": views.optimization(reference_batch=32)},
         {"optimizer": views.optimization(reference_batch=32, scaling="sqrt")},
     ):
