@@ -177,11 +177,17 @@ class DINO(LightningModule):
         check_at_least(2, num_prototypes=num_prototypes)
         check_at_least(1, hidden_dim=hidden_dim, bottleneck_dim=bottleneck_dim)
         check_at_least(0, freeze_last_layer=freeze_last_layer, koleo=koleo)
+        check_at_least(0, warmup_teacher_epochs=warmup_teacher_epochs)
         for name, value in (("teacher", teacher_momentum), ("center", center_momentum)):
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name}_momentum is {value}; expected within [0, 1]")
         if centering not in ("center", "sinkhorn_knopp"):
             raise ValueError(f"centering is {centering!r}; expected center or sinkhorn_knopp")
+        if centering != "center" and center_momentum != 0.9:
+            raise ValueError(
+                f"center_momentum is {center_momentum}, but centering {centering} has no center; "
+                f"remove it"
+            )
         first = teacher_temperature
         if warmup_teacher_temperature is not None:
             first = warmup_teacher_temperature

@@ -288,6 +288,11 @@ def test_half_precision_trains_and_keeps_the_teacher_in_float32(tmp_path: Path) 
         ({"koleo": -0.1}, r"koleo is -0\.1; expected at least 0"),
         ({"teacher_momentum": 1.5}, r"teacher_momentum is 1\.5; expected within \[0, 1\]"),
         ({"student_temperature": 0.0}, r"student_temperature is 0\.0; expected more than 0"),
+        ({"warmup_teacher_epochs": -1}, "warmup_teacher_epochs is -1; expected at least 0"),
+        (
+            {"centering": "sinkhorn_knopp", "center_momentum": 0.5},
+            "centering sinkhorn_knopp has no center; remove it",
+        ),
         ({"warmup_teacher_epochs": 0}, "a warm-up needs both, or neither"),
         ({"warmup_teacher_temperature": None}, "a warm-up needs both, or neither"),
     ],
