@@ -245,6 +245,11 @@ def test_rate_follows_the_true_global_batch(batch: int, devices: int, accumulate
     assert lr.at(300_000) == 1e-5
 
 
+def test_the_root_rule_of_dinov2() -> None:
+    how = Optimization(base_lr=4e-3, reference_batch=1024, scaling="sqrt")
+    assert optim.learning_rate(how, trainer(10, 20, 512, 8, 1)).peak == pytest.approx(8e-3)
+
+
 def test_rate_without_a_reference_is_taken_as_it_is() -> None:
     how = Optimization(base_lr=0.03, reference_batch=None, warmup_epochs=0)
     assert optim.learning_rate(how, trainer(10, 2, 4096, 8, 1)).at(0) == 0.03
