@@ -1,6 +1,7 @@
 """What happens around training.
 
 checkpoint.py   Checkpoint      last.ckpt and best.ckpt, written atomically
+collapse.py     Collapse        signs of collapse of self-distillation
 ema.py          EMA             averages of networks, once an optimizer step
 knn.py          KNN             nearest neighbours of frozen features
 monitors.py     FiniteLoss      stops a run that diverged
@@ -14,6 +15,7 @@ and what they share with methods: `standardize`, `tally`.
 """
 
 from callbacks.checkpoint import Checkpoint
+from callbacks.collapse import Collapse
 from callbacks.ema import EMA
 from callbacks.knn import KNN
 from callbacks.monitors import FiniteLoss, Throughput
@@ -26,6 +28,7 @@ __all__ = [
     "KNN",
     "AugmentedBatch",
     "Checkpoint",
+    "Collapse",
     "FiniteLoss",
     "OnlineProbe",
     "Pictures",

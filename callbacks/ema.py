@@ -1,7 +1,7 @@
 """Exponential moving average of one network into another."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -9,11 +9,16 @@ from torch import Tensor, nn
 
 
 class Average(NamedTuple):
-    """target <- decay * target + (1 - decay) * source."""
+    """target <- decay * target + (1 - decay) * source, for every parameter.
+
+    buffers: what becomes of them: "copy" takes the source's as they are; "average" treats those
+             of floating point like parameters (timm's ModelEma) and copies the others.
+    """
 
     target: nn.Module
     source: nn.Module
     decay: float
+    buffers: Literal["copy", "average"] = "copy"
 
 
 class HasAverages(Protocol):
@@ -24,7 +29,7 @@ class HasAverages(Protocol):
 
 @torch.no_grad()
 def advance(average: Average) -> None:
-    """One update of every parameter, fused over tensors; buffers are copied.
+    """One update, fused over tensors. The target is float32 whatever the source trains in.
 
     Low precision targets would not move at usual decays, so they are refused.
 
@@ -32,7 +37,15 @@ def advance(average: Average) -> None:
         ValueError: a target that is not float32 or float64.
     """
     targets: list[Tensor] = list(average.target.parameters())
-    sources = [parameter.to(targets[0].dtype) for parameter in average.source.parameters()]
+    current: list[Tensor] = list(average.source.parameters())
+    pairs = zip(average.target.buffers(), average.source.buffers(), strict=True)
+    for kept, buffer in pairs:
+        if average.buffers == "average" and kept.is_floating_point():
+            targets.append(kept)
+            current.append(buffer)
+        else:
+            kept.copy_(buffer)
+    sources = [source.to(t.dtype) for t, source in zip(targets, current, strict=True)]
     for target in targets:
         if target.dtype not in (torch.float32, torch.float64):
             raise ValueError(
@@ -40,8 +53,6 @@ def advance(average: Average) -> None:
                 f"keep it in float32 (precision '32-true' or 'bf16-mixed')"
             )
     torch._foreach_lerp_(targets, sources, 1.0 - average.decay)
-    for kept, current in zip(average.target.buffers(), average.source.buffers(), strict=True):
-        kept.copy_(current)
 
 
 class EMA(Callback):

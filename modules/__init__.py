@@ -1,14 +1,16 @@
 """Methods that a recipe can name, one file each.
 
     supervised.py   Supervised   cross-entropy on labels, with everything DeiT adds to it
+    dino.py         DINO         self-distillation of several views, without labels
     probe.py        LinearProbe  linear heads on a frozen backbone, as MAE and DINO are judged
 
-and what they share: `optim`, `lars`, `schedules`, `losses`, `checks`, `distillation`, `weights`,
-`backbones`, and, to look inside, `analysis` and `drawing`.
+and what they share: `optim`, `lars`, `schedules`, `losses`, `dino_loss`, `checks`, `distillation`,
+`weights`, `backbones`, and, to look inside, `analysis` and `drawing`.
 """
 
 from jsonargparse import set_parsing_settings
 
+from modules.dino import DINO
 from modules.probe import LinearProbe
 from modules.supervised import Supervised
 
@@ -27,4 +29,4 @@ set_parsing_settings(
     instantiate_subclass_spec_in_any=False,
 )
 
-__all__ = ["LinearProbe", "Supervised"]
+__all__ = ["DINO", "LinearProbe", "Supervised"]

@@ -1,10 +1,11 @@
 """Optimisers: parameter groups, layer decay, the rule that scales the learning rate, clipping.
 
 `Optimization` describes how a method is optimised; `build` makes the torch optimiser,
-`learning_rate` its schedule, `set_lr` applies that, `clip` clips gradients. The only state of
-a schedule is the trainer's step counter.
+`learning_rate` its schedule, `set_lr` and `set_weight_decay` apply schedules, `clip` clips
+gradients. The only state of a schedule is the trainer's step counter.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -18,10 +19,16 @@ from timm.optim.lamb import Lamb
 from torch import Tensor, nn
 
 from modules.lars import LARS
-from modules.schedules import warmup_cosine, warmup_linear, warmup_rsqrt
+from modules.schedules import dino_cosine, warmup_cosine, warmup_linear, warmup_rsqrt
 
 NAMES = ("adamw", "sgd", "lamb", "lars")
-SCHEDULES = {"cosine": warmup_cosine, "linear": warmup_linear, "rsqrt": warmup_rsqrt}
+SCHEDULES = {
+    "cosine": warmup_cosine,
+    "linear": warmup_linear,
+    "rsqrt": warmup_rsqrt,
+    "dino_cosine": dino_cosine,
+}
+SCALINGS = ("linear", "sqrt")
 
 
 @dataclass(frozen=True)
@@ -35,15 +42,20 @@ class Optimization:
         reference_batch: the peak learning rate is base_lr * global batch / reference_batch,
             where the global batch counts every device and accumulated micro-batch. None takes
             base_lr as it is.
+        scaling: "linear" in the global batch, as above (Goyal et al. 2017); "sqrt": base_lr *
+            sqrt(global batch / reference_batch), as in DINOv2.
         weight_decay: for weight matrices; biases, norms and a backbone's declared tokens have
             none.
+        weight_decay_end: where it goes over the run, by half a cosine (DINO: 0.04 to 0.4); null
+            leaves it.
         momentum: momentum of SGD and LARS, beta 1 of AdamW and LAMB.
         beta2: beta 2 of AdamW and LAMB.
         layer_decay: the rate of the layer below is this factor lower, from the head (1) over
             block i of L (layer_decay^(L - i), i from 0) to the stem (layer_decay^(L + 1)), as
             in BEiT and MAE; null for one rate.
         schedule: what follows the warm-up over the rest of the run: half a "cosine", a "linear"
-            decay, or "rsqrt", a reciprocal square root that does not depend on the run's length.
+            decay, or "rsqrt", a reciprocal square root that does not depend on the run's length;
+            "dino_cosine" is half a cosine with the peak one step earlier, as DINO's code has it.
         cooldown_steps: the last steps of rsqrt, which go linearly to min_lr.
         warmup_epochs: length of the linear warm-up. May be a fraction.
         warmup_steps: its length in optimizer steps, in the place of warmup_epochs.
@@ -59,11 +71,13 @@ class Optimization:
     name: Literal["adamw", "sgd", "lamb", "lars"] = "adamw"
     base_lr: float = 5e-4
     reference_batch: int | None = 512
+    scaling: Literal["linear", "sqrt"] = "linear"
     weight_decay: float = 0.05
+    weight_decay_end: float | None = None
     momentum: float = 0.9
     beta2: float = 0.999
     layer_decay: float | None = None
-    schedule: Literal["cosine", "linear", "rsqrt"] = "cosine"
+    schedule: Literal["cosine", "linear", "rsqrt", "dino_cosine"] = "cosine"
     cooldown_steps: int = 0
     warmup_epochs: float = 5.0
     warmup_steps: int | None = None
@@ -77,11 +91,14 @@ class Optimization:
             raise ValueError(f"optimizer {self.name!r} is not known; expected {', '.join(NAMES)}")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule is {self.schedule!r}; expected {', '.join(SCHEDULES)}")
+        if self.scaling not in SCALINGS:
+            raise ValueError(f"scaling is {self.scaling!r}; expected {', '.join(SCALINGS)}")
         self.check_unread()
         if self.reference_batch is not None and self.reference_batch < 1:
             raise ValueError(f"reference_batch is {self.reference_batch}; expected at least 1")
         not_negative = ("base_lr", "weight_decay", "momentum", "warmup_epochs", "min_lr")
-        for field in (*not_negative, "warmup_steps", "warmup_lr", "cooldown_steps"):
+        others = ("warmup_steps", "warmup_lr", "cooldown_steps", "weight_decay_end")
+        for field in (*not_negative, *others):
             value = getattr(self, field)
             if value is not None and value < 0:
                 raise ValueError(f"{field} is {value}; expected 0 or more")
@@ -94,6 +111,11 @@ class Optimization:
         """Refuse what is set beside something that keeps it from being read."""
         if self.name in ("sgd", "lars") and self.beta2 != type(self).beta2:
             raise ValueError(f"beta2 is {self.beta2}, but {self.name} has no beta2; remove it")
+        if self.scaling != "linear" and self.reference_batch is None:
+            raise ValueError(
+                f"scaling is {self.scaling}, but reference_batch is null, so nothing is scaled; "
+                f"set reference_batch"
+            )
         if self.cooldown_steps and self.schedule != "rsqrt":
             raise ValueError(
                 f"cooldown_steps is {self.cooldown_steps}, but schedule is {self.schedule}, which "
@@ -258,10 +280,15 @@ class LearningRate:
         return SCHEDULES[self.schedule](*arguments)
 
 
+def steps_in_epoch(trainer: Trainer) -> int:
+    """Optimizer steps in an epoch; the last one may have fewer micro-batches."""
+    return -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
+
+
 def learning_rate(how: Optimization, trainer: Trainer) -> LearningRate:
     """The schedule of this run; call it once training has its data loader (`on_train_start`).
 
-    The peak is linear in the global batch (Goyal et al. 2017, section 2.1).
+    The peak is linear in the global batch (Goyal et al. 2017, section 2.1) or in its root.
 
     Raises:
         ValueError: a run without an end.
@@ -274,8 +301,7 @@ def learning_rate(how: Optimization, trainer: Trainer) -> LearningRate:
     total = int(trainer.estimated_stepping_batches)
     warmup = how.warmup_steps
     if warmup is None:
-        epoch = -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
-        warmup = round(how.warmup_epochs * epoch)
+        warmup = round(how.warmup_epochs * steps_in_epoch(trainer))
     if warmup > total:
         of = f" of {how.warmup_epochs:g} epochs" if how.warmup_steps is None else ""
         rank_zero_warn(
@@ -283,7 +309,7 @@ def learning_rate(how: Optimization, trainer: Trainer) -> LearningRate:
             f"rises"
         )
     scale = 1.0 if how.reference_batch is None else global_batch(trainer) / how.reference_batch
-    peak = how.base_lr * scale
+    peak = how.base_lr * (math.sqrt(scale) if how.scaling == "sqrt" else scale)
     warmup = min(warmup, total)
     cooldown = min(how.cooldown_steps, total)
     return LearningRate(peak, how.min_lr, warmup, total, how.warmup_lr, how.schedule, cooldown)
@@ -293,6 +319,19 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give every group the rate `lr` times its own `lr_scale`, where it has one."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def set_weight_decay(
+    optimizer: torch.optim.Optimizer, how: Optimization, step: int, total: int
+) -> float:
+    """Give the groups that decay what step `step` of `total` has, and return it."""
+    if how.weight_decay_end is None:
+        return how.weight_decay
+    value = warmup_cosine(step, total, 0, how.weight_decay, end=how.weight_decay_end)
+    for group in optimizer.param_groups:
+        if group["name"] == "decay":
+            group["weight_decay"] = value
+    return value
 
 
 def clip(how: Optimization, parameters: Iterable[Tensor]) -> None:

@@ -23,6 +23,22 @@ def warmup_cosine(
     return end + 0.5 * (peak - end) * (1.0 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
+def dino_cosine(
+    step: int, total: int, warmup: int, peak: float, start: float = 0.0, end: float = 0.0
+) -> float:
+    """`warmup_cosine` with both ends in the warm-up: step `warmup - 1` has the peak already.
+
+    DINO's published code (Caron et al. 2021), to the step.
+
+    Raises:
+        ValueError: a warm-up that is negative or longer than the run.
+    """
+    if 0 < step < warmup:
+        check_fits(total, warmup, "warm-up")
+        return start + (peak - start) * step / (warmup - 1)
+    return warmup_cosine(step, total, warmup, peak, start, end)
+
+
 def warmup_linear(
     step: int, total: int, warmup: int, peak: float, start: float = 0.0, end: float = 0.0
 ) -> float:

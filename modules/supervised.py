@@ -320,6 +320,9 @@ class Supervised(LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         lr = self.lr.at(self.trainer.global_step)
         optim.set_lr(self.trainer.optimizers[0], lr)
+        optim.set_weight_decay(
+            self.trainer.optimizers[0], self.optimization, self.trainer.global_step, self.lr.total
+        )
         self.log("schedule/lr", lr, batch_size=1)
 
     def configure_gradient_clipping(

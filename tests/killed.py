@@ -5,18 +5,23 @@ import sys
 from typing import Any
 
 from experiments import cli
-from modules.supervised import Supervised
-
-ordinary_step = Supervised.training_step
+from modules import DINO, Supervised
 
 
-def training_step(self: Supervised, batch: Any, batch_idx: int) -> Any:
-    if self.trainer.fit_loop.total_batch_idx == int(os.environ["KILL_AT"]):
-        os.kill(os.getpid(), int(os.environ["KILL_WITH"]))
-    return ordinary_step(self, batch, batch_idx)
+def doom(method: Any) -> None:
+    """Make its steps send the signal when it is time."""
+    ordinary_step = method.training_step
+
+    def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
+        if self.trainer.fit_loop.total_batch_idx == int(os.environ["KILL_AT"]):
+            os.kill(os.getpid(), int(os.environ["KILL_WITH"]))
+        return ordinary_step(self, batch, batch_idx)
+
+    method.training_step = training_step
 
 
-Supervised.training_step = training_step  # type: ignore[method-assign]
+for each in (Supervised, DINO):
+    doom(each)
 
 if __name__ == "__main__":
     sys.exit(cli.main())

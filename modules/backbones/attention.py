@@ -1,4 +1,4 @@
-"""Attention, for images of one size and for packs of images of any size: one entry, `attend`.
+"""Attention, for images of one size, groups of them and packs of any sizes: one entry, `attend`.
 
 Packs are those of "Patch n' Pack: NaViT" (Dehghani et al. 2023, https://arxiv.org/abs/2307.06304):
 a token attends to the tokens of its own image. Padding is a segment of its own, so that no query
@@ -6,7 +6,7 @@ ever sees nothing.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import groupby
 from typing import Any, Protocol, runtime_checkable
@@ -112,6 +112,55 @@ class Segments:
         return self._blocks
 
 
+class Groups:
+    """Groups of images of one size each, all tokens in one line: [1, n, d], group after group.
+
+    Linear layers and norms then run once over everything; only attention goes by group, and
+    nothing is padded ("DINOv2", Oquab et al. 2023, section 5, there with a mask).
+
+    grids:      rows and columns of patches of each group
+    runs:       [(length, count)] tokens of an image and images of each group
+    num_images: images of all groups
+    """
+
+    def __init__(
+        self, tokens: Sequence[Float[Tensor, "_ _ d"]], grids: Sequence[tuple[int, int]]
+    ) -> None:
+        self.grids = tuple(grids)
+        self.runs = [(x.shape[1], x.shape[0]) for x in tokens]
+        self.num_images = sum(count for _, count in self.runs)
+        self.device = tokens[0].device
+        self._image: Tensor | None = None
+
+    def join(self, parts: Sequence[Float[Tensor, "_ _ d"]]) -> Float[Tensor, "1 n d"]:
+        """One line of each group's tokens; a part of one row is that of every image."""
+        lines = [
+            part.expand(count, -1, -1).reshape(1, length * count, -1)
+            for (length, count), part in zip(self.runs, parts, strict=True)
+        ]
+        return torch.cat(lines, dim=1)
+
+    def split(self, x: Float[Tensor, "1 n d"]) -> list[Float[Tensor, "_ _ d"]]:
+        """Each group's tokens [images, tokens, d] out of the line."""
+        parts = torch.split(x[0], [length * count for length, count in self.runs])
+        return [
+            part.view(count, length, -1)
+            for (length, count), part in zip(self.runs, parts, strict=True)
+        ]
+
+    @property
+    def image(self) -> Int[Tensor, "1 n"]:
+        """The image of every token."""
+        if self._image is None:
+            first, found = 0, []
+            for length, count in self.runs:
+                ids = torch.arange(first, first + count, device=self.device)
+                found.append(ids.repeat_interleave(length))
+                first += count
+            self._image = torch.cat(found)[None]
+        return self._image
+
+
 def block_mask(ids: Int[Tensor, "rows n"]) -> BlockMask:
     """Which blocks of queries and keys share a segment; `ids` never fall along a row.
 
@@ -138,18 +187,22 @@ def attend(
     q: Float[Tensor, "b h n e"],
     k: Float[Tensor, "b h m e"],
     v: Float[Tensor, "b h m e"],
-    bias: Float[Tensor, "#b #h n m"] | Bool[Tensor, "#b #h n m"] | None = None,
-    segments: Segments | None = None,
+    bias: Float[Tensor, "#b #h n m"] | Bool[Tensor, "#b #h n m"] | Sequence[Tensor] | None = None,
+    segments: Segments | Groups | None = None,
     scale: float | None = None,
 ) -> Float[Tensor, "b h n e"]:
     """Softmax attention: the one entry to it for all backbones.
 
     `bias` is added to the scaled scores, or says with booleans which keys a query sees. With
-    `segments` tokens see those of their own segment only; b then counts rows. `scale` of the
-    scores is e^-0.5 where none is given.
+    `segments` tokens see those of their own segment only; b then counts rows. With groups there
+    is a bias for each. `scale` of the scores is e^-0.5 where none is given.
     """
     # Norms of q and k give float32 under autocast.
     q, k = q.to(v.dtype), k.to(v.dtype)
+    if isinstance(segments, Groups):
+        assert not isinstance(bias, Tensor)
+        return attend_in_turn(q, k, v, segments.runs, scale, bias)
+    assert bias is None or isinstance(bias, Tensor)
     if bias is not None and bias.dtype != torch.bool:
         bias = bias.to(q.dtype)
     if segments is None:
@@ -181,17 +234,19 @@ def attend_in_turn(
     q: Float[Tensor, "rows h n e"],
     k: Float[Tensor, "rows h n e"],
     v: Float[Tensor, "rows h n e"],
-    runs: list[tuple[int, int]],
+    runs: Sequence[tuple[int, int]],
     scale: float | None,
+    biases: Sequence[Tensor] | None = None,
 ) -> Float[Tensor, "rows h n e"]:
-    """One segment after another; neighbours of one length together."""
+    """One segment after another; neighbours of one length together, with a bias of theirs."""
     # Split, not sliced: the gradient of a slice has the size of the whole.
     sizes = [length * count for length, count in runs]
     lines = (torch.split(in_line(x), sizes) for x in (q, k, v))
     outs = []
-    for (_, count), parts in zip(runs, zip(*lines, strict=True), strict=True):
+    masks = [None] * len(runs) if biases is None else [bias.to(q.dtype) for bias in biases]
+    for (_, count), mask, parts in zip(runs, masks, zip(*lines, strict=True), strict=True):
         each = [rearrange(x, "(s l) h e -> s h l e", s=count) for x in parts]
-        out = softmax(each[0], each[1], each[2], None, scale)
+        out = softmax(each[0], each[1], each[2], mask, scale)
         outs.append(rearrange(out, "s h l e -> (s l) h e"))
     return rearrange(torch.cat(outs), "(rows n) h e -> rows h n e", n=q.shape[2])
 

@@ -5,8 +5,9 @@ section 3.1) with timm's state-dict keys.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from modules.backbones.attention import Packed, Segments, attend
+from modules.backbones.attention import Groups, Packed, Segments, attend
 
 
 class Features(NamedTuple):
@@ -60,7 +61,12 @@ class Backbone(nn.Module):
     takes_packs: bool = True
     in_channels: int
 
-    def forward(self, images: Float[Tensor, "b c height width"] | Packed) -> Features:
+    @overload
+    def forward(self, images: Float[Tensor, "b c height width"] | Packed) -> Features: ...
+    @overload
+    def forward(self, images: list[Tensor]) -> list[Features]: ...
+    def forward(self, images: Tensor | Packed | list[Tensor]) -> Features | list[Features]:
+        """Of images of one size, of a pack, or of a list of groups: of each what it gives alone."""
         raise NotImplementedError
 
     def last_blocks(
@@ -188,8 +194,8 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b n d"],
-        bias: Float[Tensor, "1 h n n"] | None = None,
-        segments: Segments | None = None,
+        bias: Float[Tensor, "1 h n n"] | Sequence[Tensor] | None = None,
+        segments: Segments | Groups | None = None,
     ) -> Float[Tensor, "b n d"]:
         q, k, v = self.project(x)
         x = attend(q, k, v, bias, segments, self.scale)
@@ -247,7 +253,7 @@ class DropPath(nn.Module):
         self.rate = rate
 
     def forward(
-        self, x: Float[Tensor, "b n d"], segments: Segments | None = None
+        self, x: Float[Tensor, "b n d"], segments: Segments | Groups | None = None
     ) -> Float[Tensor, "b n d"]:
         if not self.training or self.rate == 0.0:
             return x
@@ -284,14 +290,14 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b n d"],
-        bias: Float[Tensor, "1 h n n"] | None = None,
-        segments: Segments | None = None,
+        bias: Float[Tensor, "1 h n n"] | Sequence[Tensor] | None = None,
+        segments: Segments | Groups | None = None,
     ) -> Float[Tensor, "b n d"]:
         x = x + self.branch(self.ls1(self.attn(self.norm1(x), bias, segments)), segments)
         return x + self.branch(self.ls2(self.mlp(self.norm2(x))), segments)
 
     def branch(
-        self, x: Float[Tensor, "b n d"], segments: Segments | None
+        self, x: Float[Tensor, "b n d"], segments: Segments | Groups | None
     ) -> Float[Tensor, "b n d"]:
         out: Tensor = self.drop_path(x, segments)
         return out if self.residual_scale == 1.0 else out / self.residual_scale

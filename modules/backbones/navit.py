@@ -12,7 +12,7 @@ norms and in attention.
     pooled = MAP(LN(tokens))                                    one query an image
 """
 
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 from einops import rearrange
@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from modules.backbones import initialise
-from modules.backbones.attention import Packed, Segments
+from modules.backbones.attention import Groups, Packed, Segments
 from modules.backbones.factorised import Factorised, FactorisedPositions
 from modules.backbones.layers import (
     Backbone,
@@ -118,9 +118,26 @@ class NaViT(Backbone):
         self.fc_norm = layer_norm(dim, block) if pooling == "query" else nn.Identity()
         initialise.RULES[init](self)
 
-    def forward(self, images: Float[Tensor, "b c height width"] | Packed) -> Features:
+    @overload
+    def forward(self, images: Float[Tensor, "b c height width"] | Packed) -> Features: ...
+    @overload
+    def forward(self, images: list[Tensor]) -> list[Features]: ...
+    def forward(self, images: Tensor | Packed | list[Tensor]) -> Features | list[Features]:
+        if isinstance(images, list):
+            return self.forward_groups(images)
         (last,) = self.last_blocks(images, 1)
         return last
+
+    def forward_groups(self, groups: list[Tensor]) -> list[Features]:
+        """Of every group what it gives alone; the blocks go over all tokens once."""
+        grids = [self.grid_of(images) for images in groups]
+        parts = [self.embed(images, grid) for images, grid in zip(groups, grids, strict=True)]
+        where = Groups(parts, grids)
+        x = where.join(parts)
+        for block in self.blocks:
+            x = block(x, None, where)
+        each = zip(where.split(x), grids, strict=True)
+        return [self.read_out(tokens, grid, None) for tokens, grid in each]
 
     def last_blocks(
         self, images: Float[Tensor, "b c height width"] | Packed, count: int
@@ -136,22 +153,37 @@ class NaViT(Backbone):
         grid, segments = None, None
         if isinstance(images, Tensor):
             grid = self.grid_of(images)
-            p = self.patch_size
-            patches = rearrange(images, "b c (y p) (x q) -> b (y x) (c p q)", p=p, q=p)
-            positions, grids = places(grid, images.device)
+            x = self.embed(images, grid)
         else:
             check_pack(images, self.num_prefix_tokens, self.max_grid)
             check_patch_width(images.patches, self.patch_width)
             segments = Segments(images)
-            patches, positions = images.patches, images.positions
             grids = images.grids[segments.image]
-        x = self.patch_embed.packed(self.patch_norm(patches))
-        x = self.pos_drop(self.embed_norm(x) + self.positions(positions, grids))
+            x = self.embed_patches(images.patches, images.positions, grids)
         kept: list[Tensor] = []
         for block in self.blocks:
             x = block(x, None, segments)
             kept = [*kept, x][-count:]
         return [self.read_out(x, grid, segments) for x in kept]
+
+    def embed(
+        self, images: Float[Tensor, "b c height width"], grid: Grid
+    ) -> Float[Tensor, "b n d"]:
+        """Patches with their positions."""
+        p = self.patch_size
+        patches = rearrange(images, "b c (y p) (x q) -> b (y x) (c p q)", p=p, q=p)
+        return self.embed_patches(patches, *places(grid, images.device))
+
+    def embed_patches(
+        self,
+        patches: Float[Tensor, "rows n e"],
+        positions: Int[Tensor, "#rows n 2"],
+        grids: Int[Tensor, "#rows n 2"],
+    ) -> Float[Tensor, "rows n d"]:
+        """The same of patches that are cut already."""
+        x = self.embed_norm(self.patch_embed.packed(self.patch_norm(patches)))
+        out: Tensor = self.pos_drop(x + self.positions(positions, grids))
+        return out
 
     def grid_of(self, images: Float[Tensor, "b c height width"]) -> Grid:
         """Rows and columns of patches of such images.

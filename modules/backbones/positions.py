@@ -5,8 +5,9 @@ Learned 1-D, 2-D and relative positions are those that "An Image is Worth 16x16 
 `util/pos_embed.py`) and "Better plain ViT baselines for ImageNet-1k" (Beyer et al. 2022).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from modules.backbones.attention import Segments
+from modules.backbones.attention import Groups, Segments
 from modules.backbones.packed import own_rows, resampled_rows, separable_rows, wave_rows
 from modules.backbones.resampling import (
     Grid,
@@ -253,8 +254,12 @@ def make_biases(
     return nn.ModuleList(tables) if how.place == "every" else tables[0]
 
 
-def for_blocks(tables: nn.Module | None, where: Grid | Segments, depth: int) -> list[Tensor | None]:
-    """What each block gets: its own table, the shared one, or nothing."""
+def for_blocks(
+    tables: nn.Module | None, where: Grid | Segments | Groups, depth: int
+) -> Sequence[Any]:
+    """What each block gets: its own table, the shared one, or nothing; of groups one for each."""
+    if isinstance(where, Groups) and tables is not None:
+        return list(zip(*(for_blocks(tables, grid, depth) for grid in where.grids), strict=True))
     if isinstance(tables, nn.ModuleList):
         return [table(where) for table in tables]
     return [None if tables is None else tables(where)] * depth

@@ -14,14 +14,14 @@ Sizes Ti and S are DeiT's (Touvron et al. 2020), M is DeiT-III's, g, G and So400
     pooled = LN(tokens)[cls]   or   LN(mean(patches))   or   MAP(LN(patches))
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from modules.backbones import initialise
-from modules.backbones.attention import Packed, Segments
+from modules.backbones.attention import Groups, Packed, Segments
 from modules.backbones.layers import (
     Backbone,
     Block,
@@ -69,8 +69,8 @@ class ViT(Backbone):
     """The plain Vision Transformer.
 
     Takes images of any size that patches divide; `image_size` is what its positions were made
-    for, and they are resampled to others. Takes packs as well (`attention.Packed`): every image in
-    one is what it would be alone.
+    for, and they are resampled to others. Takes packs as well (`attention.Packed`), and lists of
+    groups of one size each (`attention.Groups`): every image is what it would be alone.
 
     Args:
         variant: size from `VARIANTS`: mu (toy), Ti, S, M, B, L, H, g, G or So400m.
@@ -167,9 +167,24 @@ class ViT(Backbone):
         self.pre_logits = nn.Linear(dim, dim) if pre_logits else None
         initialise.RULES[init](self)
 
-    def forward(self, images: Float[Tensor, "b c height width"] | Packed) -> Features:
-        (last,) = self.last_blocks(images, 1)
-        return last
+    @overload
+    def forward(self, images: Float[Tensor, "b c height width"] | Packed) -> Features: ...
+    @overload
+    def forward(self, images: list[Tensor]) -> list[Features]: ...
+    def forward(self, images: Tensor | Packed | list[Tensor]) -> Features | list[Features]:
+        if isinstance(images, list) and len(images) > 1:
+            return self.forward_groups(images)
+        (last,) = self.last_blocks(images[0] if isinstance(images, list) else images, 1)
+        return [last] if isinstance(images, list) else last
+
+    def forward_groups(self, groups: list[Tensor]) -> list[Features]:
+        """Of every group what it gives alone; the blocks go over all tokens once."""
+        grids = [self.grid_of(images) for images in groups]
+        parts = [self.embed(images, grid) for images, grid in zip(groups, grids, strict=True)]
+        where = Groups(parts, grids)
+        (x,) = self.run_blocks(where.join(parts), where, keep=1)
+        each = zip(where.split(self.norm(x)), grids, strict=True)
+        return [self.pool(tokens, grid) for tokens, grid in each]
 
     def last_blocks(
         self, images: Float[Tensor, "b c height width"] | Packed, count: int
@@ -229,11 +244,11 @@ class ViT(Backbone):
         return out
 
     def run_blocks(
-        self, x: Float[Tensor, "b n d"], where: Grid | Segments, keep: int
+        self, x: Float[Tensor, "b n d"], where: Grid | Segments | Groups, keep: int
     ) -> list[Float[Tensor, "b n d"]]:
         """The tokens after each of the last `keep` blocks."""
         tables = None if self.inject == "stem" else self.positions
-        segments = where if isinstance(where, Segments) else None
+        segments = where if isinstance(where, (Segments, Groups)) else None
         kept: list[Tensor] = []
         for block, table, bias in zip(
             self.blocks,
@@ -241,13 +256,18 @@ class ViT(Backbone):
             for_blocks(self.relative, where, self.num_layers),
             strict=True,
         ):
-            x = block(x if table is None else x + table, bias, segments)
+            if table is not None:
+                x = x + (where.join(table) if isinstance(where, Groups) else table)
+            x = block(x, bias, segments)
             kept = [*kept, x][-keep:]
         return kept
 
     def read_out(self, x: Float[Tensor, "b n d"], where: Grid | Segments) -> Features:
         """Final norm and pooling of the tokens after a block."""
-        x = self.norm(x)
+        return self.pool(self.norm(x), where)
+
+    def pool(self, x: Float[Tensor, "b n d"], where: Grid | Segments) -> Features:
+        """What is read from tokens after the final norm."""
         segments = where if isinstance(where, Segments) else None
         patches = x if segments is not None else x[:, self.num_prefix_tokens :]
         has_cls = self.cls_token is not None

@@ -87,3 +87,26 @@ def test_no_number_is_never_the_best(tmp_path: Path) -> None:
         checkpoint.on_validation_end(trainer, small.method())
         seen.append(checkpoint.best)
     assert seen == [None, 2.0, 2.0, 1.0]
+
+
+def test_buffers_of_an_average_are_copied_or_averaged_as_told() -> None:
+    found = []
+    for policy in ("copy", "average"):
+        target, source = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+        source.running_mean.fill_(5.0)
+        source.num_batches_tracked.fill_(7)
+        advance(Average(target, source, 0.9, policy))  # type: ignore[arg-type]
+        found.append(target.running_mean[0].item())
+        assert target.num_batches_tracked == 7
+    assert found == pytest.approx([5.0, 0.5])
+
+
+def test_an_average_of_a_bfloat16_network_moves_where_bfloat16_would_not() -> None:
+    target = nn.Linear(64, 64)
+    source = nn.Linear(64, 64).to(torch.bfloat16)
+    start = target.weight.detach().clone()
+    for _ in range(10):
+        advance(Average(target, source, 0.9995))
+    expected = torch.lerp(start, source.weight.float(), 1 - 0.9995**10)
+    torch.testing.assert_close(target.weight, expected, atol=1e-6, rtol=1e-5)
+    assert not torch.equal(target.weight, start)

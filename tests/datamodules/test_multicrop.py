@@ -184,7 +184,8 @@ def test_unlabelled_images_of_any_shape_and_one_channel(tmp_path: Path) -> None:
     gray = {"channels": 1, "mean": (0.5,), "std": (0.5,), "image_size": (32, 48)}
     (batch, *_) = train(data(**arguments | gray))
     assert [tuple(g.shape[2:]) for g in batch.crops] == [(1, 32, 48), (1, 16, 16)]
-    assert len(batch.crops[0].mean(dim=(2, 3, 4)).unique()) == 16  # two views of eight images
+    # Eight plain images, and views of some of them in other colours.
+    assert len(batch.crops[0].mean(dim=(2, 3, 4)).unique()) > 8
 
 
 class Embed(LightningModule):

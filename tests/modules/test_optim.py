@@ -245,6 +245,11 @@ def test_rate_follows_the_true_global_batch(batch: int, devices: int, accumulate
     assert lr.at(300_000) == 1e-5
 
 
+def test_the_root_rule_of_dinov2() -> None:
+    how = Optimization(base_lr=4e-3, reference_batch=1024, scaling="sqrt")
+    assert optim.learning_rate(how, trainer(10, 20, 512, 8, 1)).peak == pytest.approx(8e-3)
+
+
 def test_rate_without_a_reference_is_taken_as_it_is() -> None:
     how = Optimization(base_lr=0.03, reference_batch=None, warmup_epochs=0)
     assert optim.learning_rate(how, trainer(10, 2, 4096, 8, 1)).at(0) == 0.03
@@ -322,6 +327,17 @@ def test_layer_scale_of_a_group_multiplies_its_rate() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2]
 
 
+def test_weight_decay_moves_where_there_is_some() -> None:
+    how = Optimization(weight_decay=0.04, weight_decay_end=0.4)
+    optimizer = optim.build(how, nn.Linear(2, 2))
+    for step, expected in ((0, 0.04), (50, 0.22), (100, 0.4)):
+        assert optim.set_weight_decay(optimizer, how, step, 100) == pytest.approx(expected)
+        found = {group["name"]: group["weight_decay"] for group in optimizer.param_groups}
+        assert found == {"decay": pytest.approx(expected), "no decay": 0.0}
+    assert optim.set_weight_decay(optimizer, Optimization(), 50, 100) == 0.05
+    assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(0.4)  # left alone
+
+
 def test_clipping_matches_its_formula() -> None:
     def gradients() -> list[nn.Parameter]:
         first, second = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
@@ -344,6 +360,8 @@ def test_clipping_matches_its_formula() -> None:
     [
         ({"name": "sgd", "beta2": 0.9}, "sgd has no beta2"),
         ({"clip_per_parameter": True}, "set clip_norm"),
+        ({"weight_decay_end": -0.1}, r"weight_decay_end is -0\.1; expected 0 or more"),
+        ({"scaling": "sqrt", "reference_batch": None}, "reference_batch is null, so nothing"),
         ({"base_lr": -1.0}, "base_lr is -1.0; expected 0 or more"),
         ({"clip_norm": 0.0}, "clip_norm is 0.0"),
         ({"reference_batch": 0}, "reference_batch is 0"),
@@ -367,6 +385,7 @@ def test_wrong_options_are_refused(arguments: dict, says: str) -> None:
     [
         ("name", "adam", "'adam' is not known; expected adamw, sgd, lamb, lars"),
         ("schedule", "step", "schedule is 'step'; expected cosine, linear, rsqrt"),
+        ("scaling", "cubic", "scaling is 'cubic'; expected linear, sqrt"),
     ],
 )
 def test_unknown_choices_are_refused(field: str, value: str, says: str) -> None:

@@ -1,0 +1,351 @@
+"""DINO: a student learns to say of every view what its own average says of another one.
+
+"Emerging Properties in Self-Supervised Vision Transformers", Caron et al. 2021,
+https://arxiv.org/abs/2104.14294, algorithm 1, and its published code, which decides where the
+paper leaves a choice.
+
+    teacher = copy(student);  center = 0
+    for views of a batch of images:                    views 1, 2 are global, the others local
+        t_i = teacher(view_i), i = 1, 2                no gradient
+        s_v = student(view_v), all v
+        q_i = softmax((t_i - center) / teacher temperature)
+        loss = mean over i, v != i of CE(q_i, softmax(s_v / student temperature))
+        backward;  clip every gradient;  no gradient for the last layer at first
+        center  <- 0.9 center + 0.1 mean(t)            over the global batch
+        student <- optimizer step
+        teacher <- m teacher + (1 - m) student         m from 0.996 to 1
+
+Everything below the loop's head is a function of the optimizer step: temperatures, momentum, rate,
+weight decay and center do not know how many micro-batches or devices a step has. (Sinkhorn-Knopp
+and KoLeo look at other images of the same micro-batch, so with these it matters.)
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from callbacks.collapse import Collapse
+from callbacks.ema import EMA, Average
+from datamodules.batch import ImageBatch, Images, MultiCropBatch, PackedBatch
+from datamodules.module import Needs, SourceDataModule
+from modules import optim
+from modules.backbones import Backbone
+from modules.dino_loss import Center, Targets, diagnose, koleo, sinkhorn_targets, view_loss
+from modules.optim import Optimization
+from modules.schedules import dino_cosine, warmup_cosine
+
+OPTIMIZATION = Optimization(
+    base_lr=5e-4,
+    reference_batch=256,
+    weight_decay=0.04,
+    weight_decay_end=0.4,
+    schedule="dino_cosine",
+    warmup_epochs=10,
+    min_lr=1e-6,
+    clip_norm=3.0,
+    clip_per_parameter=True,
+)
+
+
+class Head(nn.Module):
+    """Three linear layers to a bottleneck of length 1, then k prototypes with a norm of their own.
+
+    Keys are the published ones; files with the older `last_layer.weight_g` and `weight_v` load.
+    """
+
+    def __init__(
+        self, dim: int, hidden_dim: int, bottleneck_dim: int, num_prototypes: int, norm_last: bool
+    ) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, bottleneck_dim),
+        )
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+        self.last_layer = weight_norm(nn.Linear(bottleneck_dim, num_prototypes, bias=False))
+        norms: nn.Parameter = self.last_layer.parametrizations.weight.original0
+        nn.init.ones_(norms)
+        norms.requires_grad = not norm_last
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b e"]:
+        """The bottleneck, in float32; logits are its product with `prototypes`."""
+        out = self.mlp(x)
+        # Half precision logits over a temperature of 0.04 would be noise.
+        return F.normalize(out.to(torch.promote_types(out.dtype, torch.float32)), dim=-1)
+
+    @property
+    def prototypes(self) -> Float[Tensor, "k e"]:
+        """The weight of the last layer."""
+        weight: Tensor = self.last_layer.weight
+        return weight
+
+
+class Network(nn.Module):
+    """A backbone and a head: the student, or the teacher."""
+
+    def __init__(self, backbone: Backbone, head: Head) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def forward(
+        self, crops: Sequence[Float[Tensor, "_ b _ _ _"]]
+    ) -> tuple[Float[Tensor, "v b d"], Float[Tensor, "v b e"]]:
+        """Features and bottlenecks of all views; each group of crops has one size."""
+        b = crops[0].shape[1]
+        groups = self.backbone([crop.flatten(0, 1) for crop in crops])
+        pooled = torch.cat([features.pooled for features in groups])
+        features = rearrange(pooled, "(v b) d -> v b d", b=b)
+        return features, self.head(features)
+
+    @property
+    def num_layers(self) -> int:
+        return self.backbone.num_layers
+
+    def layer_of(self, name: str) -> int:
+        """The layer of a parameter, for layer decay; the head comes after the last block."""
+        inner = name.removeprefix("backbone.")
+        return self.num_layers + 1 if inner == name else self.backbone.layer_of(inner)
+
+
+class DINO(LightningModule):
+    """Trains a backbone without labels, by self-distillation.
+
+    Logs `train/loss`, under `schedule/` what changes over the run, and under `diagnosis/` the
+    signs of collapse (`callbacks.collapse`). Evaluation has no loss: add `callbacks.KNN`.
+
+    Args:
+        backbone: any backbone that takes groups; its stochastic depth is the student's only.
+        optimizer: how to optimise.
+        num_prototypes: outputs k of the head.
+        hidden_dim: width of the head's MLP.
+        bottleneck_dim: width before the last layer.
+        norm_last_layer: keeps the prototypes at length 1; the published advice is true for B,
+            false for S where training is stable.
+        freeze_last_layer: first epochs in which the last layer does not learn.
+        student_temperature: of the student's softmax.
+        teacher_temperature: of the teacher's, lower.
+        warmup_teacher_temperature: where that begins; null for teacher_temperature.
+        warmup_teacher_epochs: epochs until it gets there, in equal steps, an epoch each.
+        teacher_momentum: m at the first step; it goes to 1 by half a cosine. Take 0.9995 with a
+            batch of 256.
+        centering: what keeps the teacher from saying the same of all images: "center", or
+            "sinkhorn_knopp" (DINOv2).
+        center_momentum: how slowly the center follows; for centering "center".
+        koleo: weight of the KoLeo regulariser on the student's global views; 0.1 in DINOv2.
+        stop_on_collapse: ends a run that has collapsed, and says which way.
+
+    Raises:
+        ValueError: values out of range, or data that is not of several views.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        optimizer: Optimization = OPTIMIZATION,
+        num_prototypes: int = 65_536,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        norm_last_layer: bool = True,
+        freeze_last_layer: int = 1,
+        student_temperature: float = 0.1,
+        teacher_temperature: float = 0.04,
+        warmup_teacher_temperature: float | None = None,
+        warmup_teacher_epochs: int = 0,
+        teacher_momentum: float = 0.996,
+        centering: Literal["center", "sinkhorn_knopp"] = "center",
+        center_momentum: float = 0.9,
+        koleo: float = 0.0,
+        stop_on_collapse: bool = True,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)  # the run's config.yaml has them
+        check_at_least(2, num_prototypes=num_prototypes)
+        check_at_least(1, hidden_dim=hidden_dim, bottleneck_dim=bottleneck_dim)
+        check_at_least(0, freeze_last_layer=freeze_last_layer, koleo=koleo)
+        check_at_least(0, warmup_teacher_epochs=warmup_teacher_epochs)
+        for name, value in (("teacher", teacher_momentum), ("center", center_momentum)):
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name}_momentum is {value}; expected within [0, 1]")
+        if centering not in ("center", "sinkhorn_knopp"):
+            raise ValueError(f"centering is {centering!r}; expected center or sinkhorn_knopp")
+        if centering != "center" and center_momentum != 0.9:
+            raise ValueError(
+                f"center_momentum is {center_momentum}, but centering {centering} has no center; "
+                f"remove it"
+            )
+        first = teacher_temperature
+        if warmup_teacher_temperature is not None:
+            first = warmup_teacher_temperature
+        if (first != teacher_temperature) != (warmup_teacher_epochs > 0):
+            raise ValueError(
+                f"warmup_teacher_temperature is {first} and warmup_teacher_epochs "
+                f"{warmup_teacher_epochs}: a warm-up needs both, or neither"
+            )
+        for name, value in (("student", student_temperature), ("teacher", teacher_temperature)):
+            if min(value, first) <= 0:
+                raise ValueError(f"{name}_temperature is {value}; expected more than 0")
+        self.optimization, self.num_prototypes = optimizer, num_prototypes
+        self.student_temperature, self.freeze_last_layer = student_temperature, freeze_last_layer
+        self.temperatures = (first, teacher_temperature, warmup_teacher_epochs)
+        self.teacher_momentum, self.koleo = teacher_momentum, koleo
+        self.stop_on_collapse = stop_on_collapse
+        head = Head(backbone.embed_dim, hidden_dim, bottleneck_dim, num_prototypes, norm_last_layer)
+        self.student = Network(backbone, head)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
+        self.center = Center(num_prototypes, center_momentum) if centering == "center" else None
+
+    def setup(self, stage: str) -> None:
+        if self.trainer.precision not in ("32-true", "bf16-mixed", "16-mixed"):
+            raise ValueError(
+                f"trainer.precision is {self.trainer.precision!r}; expected 32-true, bf16-mixed "
+                f"or 16-mixed, which keep the weights, and so the teacher, in float32"
+            )
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, SourceDataModule):
+            data.fit_to(Needs.of(self.student.backbone))
+
+    def train(self, mode: bool = True) -> "DINO":
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def networks(self) -> dict[str, Network]:
+        """What can be judged, the one that is meant where none is named first."""
+        return {"teacher": self.teacher, "student": self.student}
+
+    def embed(self, images: Images, network: str | None = None) -> Float[Tensor, "b d"]:
+        """One vector an image, of one of `networks`; for callbacks that judge.
+
+        Raises:
+            ValueError: no such network.
+        """
+        networks = self.networks()
+        name = next(iter(networks)) if network is None else network
+        if name not in networks:
+            raise ValueError(f"there is no network {name!r}; there is {', '.join(networks)}")
+        pooled: Tensor = networks[name].backbone(images).pooled
+        return pooled
+
+    def forward(self, images: Images) -> Float[Tensor, "b d"]:
+        return self.embed(images)
+
+    def training_step(self, batch: MultiCropBatch | ImageBatch, batch_idx: int) -> STEP_OUTPUT:
+        if not isinstance(batch, MultiCropBatch):
+            raise ValueError(
+                "DINO compares views of an image, and the data gives one; set data.class_path to "
+                "datamodules.MultiCropDataModule"
+            )
+        with torch.no_grad():
+            taught_features, taught = self.teacher(batch.crops[:1])
+        features, seen = self.student(batch.crops)
+        targets = self.targets(taught)
+        prototypes = self.student.head.prototypes
+        loss = batch.mean(view_loss(seen, prototypes, targets, self.student_temperature))
+        self.log("train/loss", loss, prog_bar=True, batch_size=batch.num_images, sync_dist=True)
+        out: dict[str, Any] = {"loss": loss, "embedding": taught_features[0]}
+        if self.trainer._logger_connector.should_update_logs:
+            counts = (batch.num_images, len(seen), self.num_prototypes)
+            out["diagnosis"] = diagnose(loss, targets, *counts)
+        if self.koleo > 0:
+            spread = torch.stack([koleo(view) for view in features[: len(taught)]]).sum()
+            self.log("train/koleo", spread, batch_size=batch.num_images, sync_dist=True)
+            out["loss"] = loss + self.koleo * spread
+        return out
+
+    def targets(self, taught: Float[Tensor, "g b e"]) -> Targets:
+        """What the teacher says of the global views at this step."""
+        prototypes, temperature = self.teacher.head.prototypes, self.teacher_temperature()
+        if self.center is None:
+            return sinkhorn_targets(taught, prototypes, temperature, self.reduce)
+        self.center.add(taught)
+        return self.center.targets(taught, prototypes, temperature)
+
+    def reduce(self, value: Tensor, op: str) -> Tensor:
+        """Over all devices."""
+        reduced = self.trainer.strategy.reduce(value, reduce_op=op)
+        assert isinstance(reduced, Tensor)
+        return reduced
+
+    def epoch(self) -> int:
+        """Of this optimizer step."""
+        return self.trainer.global_step // optim.steps_in_epoch(self.trainer)
+
+    def teacher_temperature(self) -> float:
+        first, last, epochs = self.temperatures
+        return dino_cosine(self.epoch(), epochs, epochs, last, first, last)
+
+    def validation_step(self, batch: ImageBatch | PackedBatch, batch_idx: int) -> None:
+        """Nothing of its own: callbacks judge what the teacher's backbone gives."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        # Tokens and positions decay, as published.
+        return optim.build(self.optimization, self.student)
+
+    def on_train_start(self) -> None:
+        self.lr = optim.learning_rate(self.optimization, self.trainer)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        step, (optimizer,) = self.trainer.global_step, self.trainer.optimizers
+        lr = self.lr.at(step)
+        optim.set_lr(optimizer, lr)
+        decay = optim.set_weight_decay(optimizer, self.optimization, step, self.lr.total)
+        for name, value in (
+            ("lr", lr),
+            ("weight_decay", decay),
+            ("teacher_momentum", self.momentum_at(step)),
+            ("teacher_temperature", self.teacher_temperature()),
+        ):
+            self.log(f"schedule/{name}", value, batch_size=1)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.center is not None:  # here, because the logits were those of this teacher
+            self.center.update(self.teacher.head.prototypes, self.reduce)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        if gradient_clip_val is not None:
+            raise ValueError("set optimizer.clip_norm of the model, not trainer.gradient_clip_val")
+        optim.clip(self.optimization, self.student.parameters())
+        if self.epoch() < self.freeze_last_layer:
+            # It took part in backward, as DDP asks; the optimizer passes over it altogether.
+            self.student.head.last_layer.zero_grad(set_to_none=True)
+
+    def momentum_at(self, step: int) -> float:
+        """Of the teacher in optimizer step `step`, from 0."""
+        return warmup_cosine(step, self.lr.total, 0, self.teacher_momentum, end=1.0)
+
+    def averages(self, step: int) -> Sequence[Average]:
+        return (Average(self.teacher, self.student, self.momentum_at(step - 1)),)
+
+    def diagnosed_from(self) -> int:
+        """The optimizer step from which a network that learns is past its start."""
+        frozen = self.freeze_last_layer * optim.steps_in_epoch(self.trainer)
+        return max(self.lr.warmup, frozen)
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [EMA(), Collapse(stop=self.stop_on_collapse)]
+
+
+def check_at_least(least: int, **values: float) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise ValueError(f"{name} is {value}; expected at least {least}")
