@@ -12,7 +12,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -135,6 +135,13 @@ def sync_directory(path: Path) -> None:
             os.close(handle)
 
 
+@runtime_checkable
+class LogsNowAndThen(Protocol):
+    """A callback that does not log its metrics at every evaluation."""
+
+    def logs_now_and_then(self, metric: str) -> bool: ...
+
+
 class Checkpoint(CheckpointBase):
     """Keeps `last.ckpt` current and `best.ckpt` the best.
 
@@ -180,12 +187,27 @@ class Checkpoint(CheckpointBase):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.saved_step = trainer.global_step
+        # The evaluation at the end of a run comes after its last.ckpt, which does not know of it.
+        path = self.directory / "best.ckpt"
+        if trainer.ckpt_path is not None and self.monitor is not None and path.is_file():
+            kept = read_checkpoint(path).get("callbacks", {}).get(self.state_key, {})
+            if kept.get("best") is not None and self.is_better(kept["best"]):
+                self.load_state_dict(kept)
+
+    def is_better(self, value: float) -> bool:
+        return self.best is None or (value > self.best if self.mode == "max" else value < self.best)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         stepped = trainer.global_step > self.saved_step
         due = trainer.global_step % self.every_n_steps == 0 or trainer.received_sigterm
         if stepped and due and not trainer.fit_loop._should_accumulate():
             self.save_last(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # What this evaluation does not log again would be taken for its result.
+        known = trainer._logger_connector._callback_metrics
+        for name in [name for name in known if name.startswith("val/")]:
+            del known[name]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
@@ -195,6 +217,9 @@ class Checkpoint(CheckpointBase):
             return
         metrics = trainer.callback_metrics
         if self.monitor not in metrics:
+            others = [c for c in trainer.callbacks if isinstance(c, LogsNowAndThen)]  # type: ignore[attr-defined]
+            if any(other.logs_now_and_then(self.monitor) for other in others):
+                return
             raise ValueError(
                 f"checkpoint.monitor is {self.monitor!r}, but validation logged "
                 f"{', '.join(sorted(metrics)) or 'nothing'}; name one of these, or null"
@@ -202,7 +227,7 @@ class Checkpoint(CheckpointBase):
         value = float(metrics[self.monitor])
         if math.isnan(value):
             return
-        if self.best is None or (value > self.best if self.mode == "max" else value < self.best):
+        if self.is_better(value):
             self.best, self.best_step = value, trainer.global_step
             self.save(trainer, "best.ckpt")
 

@@ -12,6 +12,7 @@ No matrix of queries times bank exists at any time: the bank is gone through in 
 the k best so far are kept.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from datamodules.module import SourceDataModule
@@ -79,8 +81,12 @@ def merge(several: Sequence[Neighbours]) -> Neighbours:
 
 
 def vote(found: Neighbours, num_classes: int, temperature: float) -> Float[Tensor, "b num_classes"]:
-    """The score of every class."""
-    weight = torch.exp(found.similarity / temperature)
+    """The score of every class, relative to the weight of the nearest neighbour.
+
+    Without that, exp overflows at temperatures that are in use. A bank with nothing in it gives
+    no scores, so callers refuse it.
+    """
+    weight = torch.exp((found.similarity - found.similarity[:, :1]) / temperature)
     scores = weight.new_zeros(len(weight), num_classes)
     return scores.scatter_add_(1, found.labels, weight)
 
@@ -90,7 +96,7 @@ class Hits:
 
     def __init__(self, ks: Sequence[int], num_classes: int, temperature: float) -> None:
         self.ks, self.num_classes, self.temperature = tuple(ks), num_classes, temperature
-        self.counts = torch.zeros(len(self.ks) * 2 + 1, dtype=torch.float64)
+        self.counts = torch.zeros(len(self.ks) * 2 + 1, dtype=torch.int64)
 
     def add(self, found: Neighbours, labels: Int[Tensor, " b"]) -> None:
         """Queries and their right answers; `found` has the largest of the ks."""
@@ -102,7 +108,7 @@ class Hits:
             order = scores.sort(dim=1, descending=True, stable=True).indices[:, :5]
             ranked = order == labels[:, None]
             row += [ranked[:, 0].sum(), ranked.any(dim=1).sum()]
-        self.counts += torch.stack([*row, row[0].new_tensor(len(labels))]).cpu().double()
+        self.counts += torch.stack([*row, row[0].new_tensor(len(labels))]).cpu()
 
     def accuracies(self) -> dict[int, tuple[float, float]]:
         """Top-1 and top-5 of every k, in [0, 1]."""
@@ -115,7 +121,7 @@ class Hits:
 def check_knn(ks: Sequence[int], temperature: float) -> None:
     if not ks or min(ks) < 1:
         raise ValueError(f"k is {list(ks)}; expected numbers from 1 on")
-    if temperature <= 0:
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature}; expected more than 0")
 
 
@@ -161,14 +167,15 @@ def gather_bank(
 
 
 class KNN(Callback):
-    """Logs `val/knn_top1` (and `val/knn_top5` from six classes on) after every n-th evaluation.
+    """Logs `val/knn_top1` (and `val/knn_top5` from six classes on) when the network is evaluated.
 
     Every device embeds its share of the training images, as evaluation sees them, and keeps it;
     queries go round all devices. With several k the metrics are `val/knn_top1_k20` and so on,
     and `val/knn_top1` is that of the first.
 
     Args:
-        every_n_epochs: epochs from one to the next; evaluations between them are left out.
+        every_n_epochs: epochs from one to the next; evaluations in between go without, but for
+            that at the end of a run.
         k: neighbours that vote.
         temperature: of their weights.
         network: of the method's networks, such as "averaged"; null for the one it is about.
@@ -193,6 +200,7 @@ class KNN(Callback):
         self.every_n_epochs, self.ks, self.temperature = every_n_epochs, tuple(k), temperature
         self.network, self.max_bank = network, max_bank
         self.queries: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.ran_after = 0  # epochs
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         data = getattr(trainer, "datamodule", None)
@@ -208,14 +216,19 @@ class KNN(Callback):
             return False
         if trainer.state.fn != "fit":
             return True
-        # After the last epoch the trainer counts one more.
-        last = trainer.max_epochs is not None and trainer.current_epoch + 1 >= trainer.max_epochs
+        done = trainer.current_epoch + 1  # one more when all epochs are over
+        last = trainer.max_epochs is not None and done >= trainer.max_epochs
         last = last or 0 < trainer.max_steps <= trainer.global_step
-        return last or (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        return last or done - self.ran_after >= self.every_n_epochs
+
+    def logs_now_and_then(self, metric: str) -> bool:
+        """Whether an evaluation may lack a metric because it was not due."""
+        return metric.startswith("val/knn_")
 
     def embed(self, pl_module: LightningModule, images: Any) -> Tensor:
         method: Embeds = pl_module  # type: ignore[assignment]
-        return method.embed(images, self.network)
+        with pl_module.trainer.precision_plugin.val_step_context():
+            return method.embed(images, self.network)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.queries = []
@@ -226,7 +239,7 @@ class KNN(Callback):
         if self.is_due(trainer):
             features = self.embed(pl_module, batch.images)
             features = F.normalize(features.float(), dim=1).half()
-            self.queries.append((features, batch.labels, batch.is_valid))
+            self.queries.append((features, batch.labels, batch.is_valid & (batch.labels >= 0)))
 
     def bank(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Tensor, Tensor]:
         """Features and labels of this device's share of the training images."""
@@ -234,20 +247,32 @@ class KNN(Callback):
         source = data.some("train", self.max_bank)
         per_device = -(-len(source) // trainer.world_size)
         shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+        left_out = 0
         with Bar("features for k-NN", per_device, shown) as bar:
 
             def batches() -> Iterable[tuple[Tensor, Tensor]]:
+                nonlocal left_out
                 for batch in data.eval_batches(source, pl_module.device):
                     features = self.embed(pl_module, batch.images)
-                    yield features[batch.is_valid], batch.labels[batch.is_valid]
+                    taken = batch.is_valid & (batch.labels >= 0)
+                    left_out += int((batch.is_replaced | (batch.labels < 0)).sum())
+                    yield features[taken], batch.labels[taken]
                     bar.advance(batch.num_images)
 
-            return gather_bank(batches(), torch.float16)
+            found = gather_bank(batches(), torch.float16)
+        numbers = torch.tensor([len(found[0]), left_out], device=pl_module.device)
+        size, left_out = (int(n) for n in trainer.strategy.reduce(numbers, reduce_op="sum"))
+        if size == 0:
+            raise ValueError("none of the training images could be read, so k-NN has no bank")
+        if left_out:
+            rank_zero_warn(f"k-NN: {left_out} training images without label or unreadable left out")
+        return found
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.queries:
             return
         data: SourceDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        self.ran_after = trainer.current_epoch + 1
         bank, names = self.bank(trainer, pl_module)
         hits = Hits(self.ks, len(data.class_names), self.temperature)
         for features, labels, is_valid in self.queries:
@@ -283,6 +308,12 @@ class KNN(Callback):
                     pl_module.log(f"val/{name}", value)
                 if len(found) > 1:
                     pl_module.log(f"val/{name}_k{k}", value)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"ran_after": self.ran_after}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.ran_after = state_dict["ran_after"]
 
     def num_classes(self, pl_module: LightningModule) -> int:
         return len(pl_module.trainer.datamodule.class_names)  # type: ignore[attr-defined]

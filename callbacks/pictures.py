@@ -154,15 +154,15 @@ class Pictures(Callback):
 
     def draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
         boards = [each for each in trainer.loggers if isinstance(each, TensorBoardLogger)]
-        if not boards or not trainer.is_global_zero:
+        if not boards:
             return
         assert isinstance(pl_module, Draws)
         # A loader draws a seed for its workers.
         with isolate_rng(), evaluating(pl_module), torch.no_grad():
-            if self.drawn_at < 0:
+            if self.drawn_at < 0:  # on all ranks, which may have to agree on the batches
                 self.images = held_out(trainer, pl_module.device, self.num_images)
             self.drawn_at = trainer.global_step
-            if self.images is None:
+            if self.images is None or not trainer.is_global_zero:
                 return
             pictures = pl_module.pictures(self.images.to(pl_module.device))
         for board in boards:

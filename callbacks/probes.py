@@ -66,14 +66,21 @@ class OnlineProbe(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.step = trainer.global_step
-        if self.restored is not None:
-            width = len(self.restored["scale"]["running_mean"])
-            self.begin(width, pl_module.device)
-            assert self.scale is not None
-            self.scale.load_state_dict(self.restored["scale"])
-            self.head.load_state_dict(self.restored["head"])
-            self.optimizer.load_state_dict(self.restored["optimizer"])
-            self.restored = None
+        self.restore(pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.restore(pl_module)
+
+    def restore(self, pl_module: LightningModule) -> None:
+        """Take up what the checkpoint had, once the device is known."""
+        if self.restored is None:
+            return
+        self.begin(len(self.restored["scale"]["running_mean"]), pl_module.device)
+        assert self.scale is not None
+        self.scale.load_state_dict(self.restored["scale"])
+        self.head.load_state_dict(self.restored["head"])
+        self.optimizer.load_state_dict(self.restored["optimizer"])
+        self.restored = None
 
     def begin(self, width: int, device: torch.device) -> None:
         """A head of zeros for features of that width."""

@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from callbacks.checkpoint import read_checkpoint
+from experiments.subject import backbone_kept_in
 from modules import weights
 from modules.weights.files import read
 from modules.weights.inspect import UNKNOWN, Description, describe
@@ -75,13 +76,10 @@ def tell(part: str, found: Description, file: str, several: bool) -> str:
 
 
 def own_backbone(file: str) -> dict[str, Any] | None:
-    """The backbone's arguments as a run of ours wrote them into its checkpoint."""
-    try:
-        given = read_checkpoint(file).get("hyper_parameters", {})
-        backbone = given["backbone"]
-        return dict(backbone["init_args"]) if backbone["class_path"].endswith("ViT") else None
-    except (ValueError, KeyError, TypeError):
-        return None
+    """The arguments of a ViT as a run of ours wrote them into its checkpoint."""
+    kept = backbone_kept_in(file)
+    is_vit = kept is not None and kept["class_path"].endswith(".ViT")
+    return dict(kept.get("init_args") or {}) if kept is not None and is_vit else None
 
 
 def export(argv: Sequence[str]) -> int:

@@ -282,6 +282,7 @@ def quiet() -> None:
         ".*is an instance of `nn.Module` and is already saved.*",
         ".*module.s. in eval mode at the start of training.*",  # averaged copies
         ".*treespec, LeafSpec.*",  # Lightning's own use of torch
+        ".*sync_dist=True.*",  # what is logged at the end of an evaluation is of all devices
     ):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(

@@ -16,6 +16,7 @@ import html
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import track
@@ -81,7 +82,8 @@ def measured(found: Evaluation | None) -> Cell:
     if found is None:
         return Cell()
     value = runs.finite(found["values"][found["main"]])
-    return percent(value, f"{found['main']}, {found.get('network', '')} of {checkpoint(found)}")
+    of = f"{found.get('network', '')} of {checkpoint(found)}"
+    return percent(value, f"{found['main']}, {of}, on {found.get('data', 'unknown data')}")
 
 
 def checkpoint(found: Evaluation) -> str:
@@ -142,8 +144,19 @@ def versions(path: Path) -> str:
     return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
 
 
+def data_of(row: Row) -> tuple[Any, Any]:
+    """The images that a run is about: source and root."""
+    data = (row.config.get("data") or {}).get("init_args") or {}
+    return data.get("source"), data.get("root")
+
+
 def mark_best(rows: Sequence[Row]) -> None:
-    """Mark the largest values of the columns in which more is better, where there are several."""
+    """Mark the largest values of the columns in which more is better, where there are several.
+
+    Runs on different images are not compared.
+    """
+    if len(set(map(data_of, rows))) > 1:
+        return
     for column, more_is_better in COLUMNS.items():
         values = [row.cells[column].value for row in rows]
         known = [value for value in values if value is not None]

@@ -52,7 +52,10 @@ def record(
     fingerprint: str,
     data: str,
 ) -> Path:
-    """Keep a measurement in its run, in the place of an earlier one; returns the file."""
+    """Keep a measurement in its run, in the place of an earlier one; returns the file.
+
+    `protocol` alone stands for the run's own data; a suffix (`knn.1a2b3c4d`) for something else.
+    """
     assert main in values
     found = Evaluation(
         protocol=protocol,

@@ -23,7 +23,7 @@ from datamodules.progress import Bar
 from datamodules.sources import Source, Split
 from experiments.subject import Subject
 
-VERSION = 1  # of what is computed from the same network and images
+VERSION = 2  # of what is computed from the same network and images
 NO_INFLUENCE = ("batch_size", "num_workers", "max_bad", "repeats")
 
 

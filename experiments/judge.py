@@ -11,6 +11,7 @@ it. What is found is kept in the run (`evaluations/`), for `patchlight compare`.
 """
 
 import argparse
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,6 @@ from typing import Any
 
 import jsonargparse
 import torch
-import yaml
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
@@ -28,7 +28,7 @@ from callbacks.knn import check_knn, classify
 from datamodules.module import Needs, SourceDataModule
 from experiments.evaluations import record
 from experiments.features import Frozen, frozen_features
-from experiments.subject import Subject, add_arguments, open_subject
+from experiments.subject import Subject, add_arguments, open_subject, read_yaml
 from modules.fewshot import L2, few_shot
 
 IMAGES = "datamodules.ImageDataModule"
@@ -66,7 +66,7 @@ def data_section(subject: Subject, given: str | None) -> dict[str, Any]:
     if given is not None:
         path = Path(given)
         if path.suffix in (".yaml", ".yml"):
-            content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+            content = read_yaml(path, "--data")
             if not isinstance(content, dict) or not isinstance(content.get("data"), dict):
                 raise ValueError(f"--data {given} is no recipe with data")
             found = content["data"]
@@ -79,9 +79,10 @@ def data_section(subject: Subject, given: str | None) -> dict[str, Any]:
             f"{subject.checkpoint} is of no run that knows its data; name a recipe, a directory or "
             f"a source: --data"
         )
-    arguments = dict(found.get("init_args", {}))
-    # What the network was trained to see.
-    arguments |= {"mean": list(subject.mean), "std": list(subject.std)}
+    arguments: dict[str, Any] = dict(found.get("init_args") or {})
+    # What the network was trained to see, or the best guess where neither it nor the data tells.
+    seen: dict[str, Any] = {"mean": list(subject.mean), "std": list(subject.std)}
+    arguments = arguments | seen if subject.is_told else seen | arguments
     arguments["channels"] = subject.backbone.in_channels
     return {"class_path": found.get("class_path", IMAGES), "init_args": arguments}
 
@@ -114,9 +115,20 @@ def open_data(
 
 def choose_device(name: str | None) -> torch.device:
     if name is not None:
+        try:
+            torch.zeros(1, device=name)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"--device {name} cannot be had here: {reason}") from error
         return torch.device(name)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator or torch.device("cpu")
+
+
+def with_labels(found: Frozen) -> Frozen:
+    """Without the images that have no label."""
+    labelled = found.labels >= 0
+    return found if bool(labelled.all()) else Frozen(*(side[labelled] for side in found))
 
 
 class Judged:
@@ -129,13 +141,16 @@ class Judged:
         self.data, section = open_data(self.subject, given.data, options)
         self.num_classes = len(self.data.class_names)
         device = choose_device(given.device)
+        # Of the run's own data as it is; other measurements stand beside these, not in their place.
+        asked = (given.data, given.max_train, sorted(options))
+        digest = hashlib.sha256(repr(asked).encode()).hexdigest()[:8]
+        self.variant = "" if asked == (None, None, []) else f".{digest}"
         splits = (("train", given.max_train), ("val", None))
         features = [
             frozen_features(self.subject, self.data, section, split, count, device)  # type: ignore[arg-type]
             for split, count in splits
         ]
-        self.train: Frozen = features[0]
-        self.val: Frozen = features[1]
+        self.train, self.val = (with_labels(found) for found in features)
         where = " " + str(self.data.root) if self.data.root else ""
         self.about = f"{self.data.source}{where}"
 
@@ -148,7 +163,7 @@ class Judged:
         if self.subject.run is None:
             return
         path = record(
-            *(self.subject.run, protocol, values, main),
+            *(self.subject.run, protocol + self.variant, values, main),
             checkpoint=self.subject.checkpoint,
             network=self.subject.network,
             fingerprint=self.subject.fingerprint,

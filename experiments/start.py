@@ -16,11 +16,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.pytorch.utilities import rank_zero_warn
 
-from callbacks.checkpoint import read_checkpoint
-from experiments.subject import arguments_told_by, default_part, read_config, run_of
+from experiments.subject import (
+    arguments_told_by,
+    backbone_kept_in,
+    default_part,
+    normalisation_of,
+    read_config,
+    read_yaml,
+    run_of,
+)
 from modules.weights import open_source
 from modules.weights.inspect import UNKNOWN
 
@@ -82,7 +88,9 @@ def take_weights(arguments: list[str]) -> list[str]:
         backbone = {"class_path": "modules.backbones.ViT", "init_args": init_args}
         settle_unknown(init_args, recipes, options, weights[-1])
     before = [f"--model.class_path={method}", f"{BACKBONE}={json.dumps(backbone)}"]
-    before += data_options(config, backbone["init_args"].get("in_channels", 3), recipes)
+    before += data_options(
+        weights[-1], config, backbone["init_args"].get("in_channels", 3), recipes
+    )
     configs = [f"--config={path}" for path in paths]
     named = part if len(parts) > 1 else "null"
     load = [f"--model.init_args.weights={weights[-1]}", f"--model.init_args.weights_part={named}"]
@@ -93,7 +101,7 @@ def as_recipe(path: str) -> dict[str, Any] | None:
     """The content of a file; None where there is none to read, which the parser will tell."""
     if not Path(path).is_file():
         return None
-    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    content = read_yaml(Path(path), "--config")
     return content if isinstance(content, dict) else None
 
 
@@ -126,18 +134,6 @@ def check_has_backbone(
         )
 
 
-def backbone_kept_in(checkpoint: str) -> dict[str, Any] | None:
-    """The backbone as a run of ours wrote it into its checkpoint, None in files of others."""
-    if not checkpoint.endswith(".ckpt"):
-        return None
-    try:
-        kept = read_checkpoint(checkpoint).get("hyper_parameters", {}).get("backbone")
-    except (ValueError, AttributeError):
-        return None
-    is_ours = isinstance(kept, dict) and str(kept.get("class_path")).startswith("modules.")
-    return kept if is_ours else None
-
-
 def settle_unknown(
     init_args: dict[str, Any],
     recipes: Sequence[dict[str, Any]],
@@ -159,7 +155,7 @@ def settle_unknown(
 
 
 def data_options(
-    config: dict[str, Any], channels: int, recipes: Sequence[dict[str, Any]]
+    checkpoint: str, config: dict[str, Any], channels: int, recipes: Sequence[dict[str, Any]]
 ) -> list[str]:
     """How the network was shown its images: channels, mean and std, where no recipe says it.
 
@@ -169,12 +165,15 @@ def data_options(
     if data is None:
         return []
     told = section(config, "data", "init_args")
-    if channels == 1 and not told:
+    if not told and (known := normalisation_of(checkpoint)) is not None:
+        told = {"mean": list(known[0]), "std": list(known[1])}
+    if not told and channels == 1:
         told = {"mean": [0.5], "std": [0.5]}
     values = {"channels": channels}
     values |= {name: told[name] for name in ("mean", "std") if told.get(name)}
     for name, value in values.items():
-        said = [section(recipe, "data", "init_args").get(name, value) for recipe in recipes]
+        arguments = [section(recipe, "data", "init_args") for recipe in recipes]
+        said = [given[name] for given in arguments if name in given]
         if said and said[-1] != value:
             rank_zero_warn(
                 f"the recipe's data.init_args.{name} is {said[-1]}, but the weights were trained "

@@ -2,16 +2,20 @@
 
 import argparse
 import hashlib
+from collections.abc import Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jsonargparse
+import timm
 import torch
 import yaml
 from lightning.pytorch import seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
+from callbacks.checkpoint import read_checkpoint
 from datamodules.module import IMAGENET_MEAN, IMAGENET_STD
 from modules.backbones import Backbone, BlockStyle, Positions, ViT
 from modules.weights import load_backbone, open_source
@@ -33,6 +37,7 @@ class Subject(NamedTuple):
     run:         the run directory that it lies in, None for other files
     data:        the data section of that run's (or the given) config, None without one
     mean, std:   of the images that it was trained on, a number a channel
+    is_told:     whether something told these; else they are ImageNet's, or 0.5 for gray images
     """
 
     backbone: Backbone
@@ -44,6 +49,7 @@ class Subject(NamedTuple):
     data: dict[str, Any] | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    is_told: bool
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +79,7 @@ def open_subject(checkpoint: str, network: str | None, config: Path | None) -> S
     if config is None and run is not None:
         config = run / "config.yaml"
     given = {} if config is None else read_config(config)
-    backbone_arguments = given.get("model", {}).get("init_args", {}).get("backbone")
+    backbone_arguments = (given["model"].get("init_args") or {}).get("backbone") if given else None
     if checkpoint == RANDOM:
         if backbone_arguments is None:
             raise ValueError("--checkpoint random needs --config RECIPE, which has the backbone")
@@ -87,15 +93,21 @@ def open_subject(checkpoint: str, network: str | None, config: Path | None) -> S
         part = network or default_part(parts)
         if part not in parts:
             raise ValueError(f"{checkpoint} has no network {part!r}; it has {', '.join(parts)}")
+        backbone_arguments = backbone_arguments or backbone_kept_in(checkpoint)
         if backbone_arguments is None:
             backbone = backbone_told_by(parts[part], checkpoint)
         else:
             backbone = build_backbone(backbone_arguments)
-        load_backbone(backbone, checkpoint, part)
+        report = load_backbone(backbone, checkpoint, part)
+        if report.kept:  # the backbone is judged with first values in it
+            Console(stderr=True, highlight=False).print(str(report), markup=False)
     backbone.eval().requires_grad_(False)
     data = given.get("data")
-    told = (data or {}).get("init_args", {})
-    black_and_white = backbone.in_channels == 1
+    told = (data or {}).get("init_args") or {}
+    known = (told["mean"], told["std"]) if {"mean", "std"} <= set(told) else None
+    known = known or normalisation_of(checkpoint)
+    usual = ((0.5,), (0.5,)) if backbone.in_channels == 1 else (IMAGENET_MEAN, IMAGENET_STD)
+    mean, std = known or usual
     return Subject(
         backbone=backbone,
         title=f"{checkpoint} ({part})",
@@ -104,22 +116,57 @@ def open_subject(checkpoint: str, network: str | None, config: Path | None) -> S
         fingerprint=fingerprint(backbone),
         run=run,
         data=data,
-        mean=tuple(told.get("mean") or ((0.5,) if black_and_white else IMAGENET_MEAN)),
-        std=tuple(told.get("std") or ((0.5,) if black_and_white else IMAGENET_STD)),
+        mean=tuple(mean),
+        std=tuple(std),
+        is_told=known is not None,
     )
+
+
+def normalisation_of(checkpoint: str) -> tuple[Sequence[float], Sequence[float]] | None:
+    """Mean and std that a published file is known to expect, None where nothing tells."""
+    if checkpoint.startswith("timm:"):
+        config = timm.get_pretrained_cfg(checkpoint.removeprefix("timm:"))
+        return None if config is None else (config.mean, config.std)
+    return ((0.5,) * 3, (0.5,) * 3) if checkpoint.endswith(".npz") else None  # Google's
 
 
 def run_of(checkpoint: Path) -> Path | None:
     """The run directory of `RUN/checkpoints/NAME.ckpt`."""
-    run = checkpoint.absolute().parent.parent
-    is_run = checkpoint.parent.name == "checkpoints" and (run / "config.yaml").is_file()
-    return checkpoint.parent.parent if is_run else None
+    absolute = checkpoint.absolute()
+    run = absolute.parent.parent
+    if absolute.parent.name != "checkpoints" or not (run / "config.yaml").is_file():
+        return None
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else run
+
+
+def backbone_kept_in(checkpoint: str) -> dict[str, Any] | None:
+    """The backbone as a run of ours wrote it into its checkpoint, None in files of others."""
+    if not checkpoint.endswith(".ckpt"):
+        return None
+    try:
+        kept = read_checkpoint(checkpoint).get("hyper_parameters", {}).get("backbone")
+    except (ValueError, AttributeError):
+        return None
+    is_ours = isinstance(kept, dict) and str(kept.get("class_path")).startswith("modules.")
+    return kept if is_ours else None
+
+
+def read_yaml(path: Path, option: str) -> Any:
+    """The content of a YAML file.
+
+    Raises:
+        ValueError: no such file, or one that cannot be read; `option` says who asked.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{option} {path}: no such file") from None
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{option} {path} is no YAML file: {error}") from error
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"--config {path}: no such file")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = read_yaml(path, "--config")
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise ValueError(f"--config {path} is no recipe: it has no model")
     return content
@@ -173,7 +220,7 @@ def backbone_told_by(state: State, checkpoint: str) -> Backbone:
         )
     Console(stderr=True, highlight=False).print(
         f"{checkpoint}: taken for a ViT of {found}; what leaves no trace in weights (activation, "
-        f"norm epsilon) has its default, and --config RECIPE would say otherwise",
+        f"pooling, norm epsilon) has its default, and --config RECIPE would say otherwise",
         markup=False,
     )
     built = {"positions": Positions, "block": BlockStyle}
@@ -181,11 +228,22 @@ def backbone_told_by(state: State, checkpoint: str) -> Backbone:
 
 
 def fingerprint(backbone: Backbone) -> str:
-    """Changes with the architecture and with every weight."""
-    digest = hashlib.sha256(repr(backbone).encode())
-    options = (name for name in sorted(vars(backbone)) if not name.startswith("_"))
-    digest.update(repr([(n, vars(backbone)[n]) for n in options if n != "training"]).encode())
-    for name, tensor in sorted(backbone.state_dict().items()):
+    """Changes with whatever the backbone's output is a function of: options, tables, weights."""
+    digest = hashlib.sha256()
+    for name, module in backbone.named_modules():
+        digest.update(f"{name} {type(module).__name__}".encode())
+        options = {k: v for k, v in vars(module).items() if is_plain(v) and k[0] != "_"}
+        options.pop("training")
+        digest.update(repr(sorted(options.items())).encode())
+    # Fixed tables are no part of a state dict, but of what it computes.
+    for name, tensor in sorted((*backbone.named_parameters(), *backbone.named_buffers())):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def is_plain(value: Any) -> bool:
+    """What has a representation that says all of it: primitives, and containers of them."""
+    if isinstance(value, tuple | list):
+        return all(map(is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str) or is_dataclass(value)

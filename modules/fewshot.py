@@ -10,6 +10,7 @@ from frozen features to {-1, 1}^K), in the details of big_vision's `fewshot_lsr`
     class = argmax [x, 100] W
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -36,7 +37,7 @@ def ridge(
     Raises:
         ValueError: a regulariser that is not positive.
     """
-    if not l2 or min(l2) <= 0:
+    if not l2 or not all(0 < one < math.inf for one in l2):
         raise ValueError(f"l2 is {list(l2)}; expected positive numbers")
     design = with_bias(x.double())
     y = y.double()

@@ -14,7 +14,7 @@ from torch import Tensor
 State = dict[str, Tensor]
 
 # What wrappers put before the names of a network.
-PREFIXES = ("module.", "_orig_mod.", "backbone.")
+PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.", "encoder.")
 
 
 def read(path: str | Path) -> dict[str, State]:

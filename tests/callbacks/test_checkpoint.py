@@ -148,3 +148,18 @@ def test_the_last_weights_are_evaluated(tmp_path: Path, ends: dict) -> None:
     assert "val/accuracy" in run.callback_metrics
     best = read_checkpoint(next(tmp_path.rglob("best.ckpt")))
     assert best["global_step"] == last
+
+
+def test_the_best_of_the_last_evaluation_survives_resuming(tmp_path: Path) -> None:
+    """It comes after last.ckpt was written, so best.ckpt has to tell."""
+    arguments: dict[str, Any] = {"check_val_every_n_epoch": 5, "max_epochs": 1}
+    first = small.trainer(tmp_path, **arguments)
+    first.fit(small.method(), small.data())
+    kept = first.checkpoint_callback
+    assert kept.best_step == first.global_step
+    again = small.trainer(tmp_path, **arguments | {"max_epochs": 2}, limit_val_batches=0)
+    directory = Path(first.log_dir) / "checkpoints"
+    resumed = again.checkpoint_callback
+    resumed.setup = lambda *_, **__: setattr(resumed, "directory", directory)
+    again.fit(small.method(), small.data(), ckpt_path=str(directory / "last.ckpt"))
+    assert (resumed.best, resumed.best_step) == (kept.best, kept.best_step)

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from callbacks.checkpoint import Checkpoint
 from callbacks.knn import KNN, Neighbours, classify, gather_bank, merge, nearest, vote
 from tests import small
 from tests.runs import ROOT, TINY, only_run, patchlight
@@ -68,10 +69,21 @@ def test_several_banks_are_one() -> None:
 def test_votes_are_weighted_by_similarity() -> None:
     found = Neighbours(torch.tensor([[0.9, 0.8, 0.8]]), torch.tensor([[2, 0, 0]]))
     sharp, flat = vote(found, 3, 0.07), vote(found, 3, 10.0)
-    expected = np.exp(np.array([1.6 / 2, 0.0, 0.9]) / 0.07) * np.array([2, 0, 1])
-    np.testing.assert_allclose(sharp[0].numpy(), expected, rtol=1e-5)
+    expected = np.exp(np.array([0.8, 0.0, 0.9]) / 0.07) * np.array([2, 0, 1])
+    np.testing.assert_allclose((sharp[0] / sharp[0, 2]).numpy(), expected / expected[2], rtol=1e-5)
     assert sharp.argmax() == 2
     assert flat.argmax() == 0
+
+
+def test_a_small_temperature_overflows_nothing() -> None:
+    """exp(0.97 / 0.01) is no float32; the order of the votes is that of float64."""
+    similarity = 0.9 + 0.07 * torch.rand(40, 9, generator=torch.Generator().manual_seed(0))
+    found = Neighbours(
+        similarity.sort(descending=True, dim=1).values, torch.arange(9).repeat(40, 1) % 4
+    )
+    weight = (found.similarity.double() / 0.01).exp()
+    expected = torch.zeros(40, 4).double().scatter_add_(1, found.labels, weight).argmax(dim=1)
+    assert torch.equal(vote(found, 4, 0.01).argmax(dim=1), expected)
 
 
 def test_a_small_bank_has_fewer_neighbours_that_vote() -> None:
@@ -97,6 +109,8 @@ def test_what_is_refused() -> None:
         classify(bank, labels, bank, labels, [0], 2)
     with pytest.raises(ValueError, match=r"temperature is 0\.0; expected more than 0"):
         KNN(temperature=0.0)
+    with pytest.raises(ValueError, match="temperature is nan"):
+        KNN(temperature=float("nan"))
     with pytest.raises(ValueError, match="every_n_epochs is 0"):
         KNN(every_n_epochs=0)
     with pytest.raises(ValueError, match="bank of the k-NN evaluation is empty"):
@@ -191,6 +205,17 @@ def test_only_every_nth_epoch_and_the_last(tmp_path: Path) -> None:
         # An evaluation at the end, outside of the interval of evaluations.
         trainer, _ = fit(tmp_path, KNN(9, max_bank=40), check_val_every_n_epoch=5, **limits)
         assert "val/knn_top1" in trainer.callback_metrics
+
+
+def test_the_best_by_a_metric_that_comes_now_and_then(tmp_path: Path) -> None:
+    keep = Checkpoint(every_n_steps=1, monitor="val/knn_top1")
+    trainer, _ = fit(tmp_path, KNN(2, max_bank=40), checkpoint=keep, max_epochs=3)
+    assert keep.best == pytest.approx(
+        max(keep.best or 0, float(trainer.callback_metrics["val/knn_top1"]))
+    )
+    assert keep.best_step in (10, 15)  # not after the first epoch
+    with pytest.raises(ValueError, match="monitor is 'val/knn_top1', but validation logged"):
+        fit(tmp_path, None, checkpoint=Checkpoint(1, "val/knn_top1"), max_epochs=1)
 
 
 def test_the_averaged_network_is_another(tmp_path: Path) -> None:

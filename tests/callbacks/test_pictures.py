@@ -178,3 +178,22 @@ def test_of_packs_the_most_frequent_size_is_drawn(tmp_path: Path, noted: list) -
     assert 1 <= len(images) <= 2
     assert images.shape[2] % 4 == images.shape[3] % 4 == 0
     assert logged(Path(trainer.log_dir)) == {"pictures/first": [2]}
+
+
+def test_every_rank_makes_the_loader_but_one_draws(
+    tmp_path: Path, noted: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Making it may be something that all ranks do together, as with packs."""
+    data, method, asked = small.data(), small.method(), []
+    trainer = small.trainer(tmp_path, Pictures(num_images=1), **QUICK | {"max_epochs": 1})
+    original = data.eval_batches
+
+    def note(*given: Any) -> Any:
+        asked.append(given)
+        return original(*given)
+
+    monkeypatch.setattr(data, "eval_batches", note)
+    monkeypatch.setattr(type(trainer), "is_global_zero", False)
+    trainer.fit(method, data)
+    assert len(asked) == 1
+    assert noted == []

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from datamodules.index import cache_directory
 from experiments import judge
 from experiments.evaluations import evaluations
-from experiments.subject import open_subject
-from modules.backbones import NaViT, ViT
+from experiments.subject import fingerprint, normalisation_of, open_subject
+from modules.backbones import BlockStyle, NaViT, Positions, ViT
 from modules.supervised import Classifier
 from modules.weights import to_timm
 from tests.datamodules.test_folder import write
@@ -62,6 +63,11 @@ def test_a_run_is_judged_on_its_own_data_and_keeps_the_result(
         round(found["knn"]["values"]["top1 k=1"] * 7)
     )
     assert found["fewshot"]["main"] == "1-shot"
+    # Of something else: beside it, not in its place.
+    assert judge.knn(["-c", checkpoint, "--k", "1", "--max-train", "9"]) == 0
+    (other,) = set(evaluations(run)) - set(found)
+    assert other.startswith("knn.")
+    assert evaluations(run)["knn"] == found["knn"]
     before = found["knn"]["fingerprint"]
     assert judge.knn(["-c", checkpoint, "--network", "averaged", "--k", "1"]) == 0
     assert evaluations(run)["knn"]["network"] == "averaged"
@@ -120,13 +126,58 @@ def test_other_weights_have_other_features() -> None:
     assert one.fingerprint == again.fingerprint
     with torch.no_grad():
         again.backbone.blocks[0].mlp.fc1.bias[0] += 1e-6  # type: ignore[index, union-attr]
-    from experiments.subject import fingerprint
-
     assert fingerprint(again.backbone) != one.fingerprint
     torch.manual_seed(0)
     pair = [ViT("mu", pooling="norm_avg", image_size=32), ViT("mu", image_size=32)]
     pair[1].load_state_dict(pair[0].state_dict())
     assert fingerprint(pair[0]) != fingerprint(pair[1])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"num_heads": 4}, {"pooling": "norm_avg"}, {"positions": Positions(kind="sincos2d")}),
+        *({"block": BlockStyle(**b)} for b in ({"mlp": "gelu_tanh"}, {"norm_eps": 1e-5})),
+        {"block": BlockStyle(residual_scale=2.0)},
+    ],
+    ids=str,
+)
+def test_what_leaves_no_trace_in_weights_is_in_the_fingerprint(changes: dict[str, Any]) -> None:
+    plain = {"variant": "mu", "image_size": 32, "positions": Positions(kind="sincos2d_big_vision")}
+    one, other = ViT(**plain), ViT(**plain | changes)
+    other.load_state_dict(one.state_dict())
+    assert fingerprint(one) == fingerprint(one)
+    assert fingerprint(one) != fingerprint(other)
+
+
+def test_a_checkpoint_that_was_moved_keeps_its_architecture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backbone = ViT("mu", patch_size=8, image_size=16, in_channels=1, pooling="norm_avg")
+    given = {"class_path": "modules.backbones.ViT", "init_args": {"variant": "mu", "patch_size": 8}}
+    given["init_args"] |= {"image_size": 16, "in_channels": 1, "pooling": "norm_avg"}
+    state = {f"classifier.{k}": v for k, v in Classifier(backbone, 10).state_dict().items()}
+    content = {"state_dict": state, "hyper_parameters": {"backbone": given}}
+    torch.save(content | {"pytorch-lightning_version": "2.6.6", "global_step": 1}, "moved.ckpt")
+    subject = open_subject("moved.ckpt", None, None)
+    x = torch.randn(2, 1, 16, 16)
+    torch.testing.assert_close(subject.backbone(x).pooled, backbone.eval()(x).pooled)
+    assert capsys.readouterr().err == ""
+
+
+def test_what_images_are_normalised_by(tmp_path: Path) -> None:
+    save_file(to_timm(Classifier(ViT("mu", image_size=32), 5)), "vit.safetensors")
+    subject = open_subject("vit.safetensors", None, None)
+    recipe = {"model": {}, "data": {"class_path": judge.IMAGES, "init_args": {"mean": [0.4] * 3}}}
+    Path("r.yaml").write_text(json.dumps(recipe))
+    told = judge.data_section(subject, "r.yaml")["init_args"]
+    assert (told["mean"], told["std"]) == ([0.4] * 3, [0.229, 0.224, 0.225])
+    own = open_subject("random", None, DIGITS)
+    assert judge.data_section(own, "r.yaml")["init_args"]["mean"] == [0.5]
+    assert normalisation_of("x.npz") == ((0.5,) * 3, (0.5,) * 3)
+    known = normalisation_of("timm:vit_small_patch16_224.augreg_in21k")
+    assert known is not None
+    assert tuple(known[0]) == (0.5, 0.5, 0.5)
 
 
 def test_a_replaced_image_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,11 +256,19 @@ def test_what_is_refused(tmp_path: Path) -> None:
         (["-c", "random"], "random needs --config RECIPE"),
         (["-c", "random", "--config", "x.yaml"], "x.yaml: no such file"),
         (["-c", "nothing.pth"], "nothing.pth: no such file"),
+        (["-c", "random", "--config", "broken.yaml"], "--config broken.yaml is no YAML file"),
+        (["-c", "random", "--config", "bare.yaml"], "random needs --config RECIPE"),
+        (["-c", "random", "--config", str(DIGITS), "--device", "gpu"], "--device gpu cannot be"),
         (["-c", "random", "--config", str(DIGITS), "--k", "a"], "--k 'a': expected numbers"),
         (["-c", "random", "--config", str(DIGITS), "--max-train", "0"], "--max-train is 0"),
-        (["-c", "random", "--config", str(DIGITS), "--data", "x.yaml"], "no recipe with data"),
+        (
+            ["-c", "random", "--config", str(DIGITS), "--data", "x.yaml"],
+            "--data x.yaml: no such file",
+        ),
         (["-c", "random", "--config", str(DIGITS), "--nonsense", "1"], "nonsense"),
     )
+    Path("broken.yaml").write_text("a: [1")
+    Path("bare.yaml").write_text("model:\n  init_args:\n")
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):
             judge.knn(arguments)
