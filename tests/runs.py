@@ -1,14 +1,20 @@
 """Running the command in tests."""
 
+import json
 import os
+import select
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+TIMEOUT = 300  # seconds a command may take
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = ROOT / "experiments"
 RECIPES = sorted(
@@ -30,26 +36,58 @@ TINY = [
 ]
 
 
+class Warm:
+    """A process of `tests.warm`, which takes one command after another."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.warm"],
+            cwd=ROOT,
+            env=environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, arguments: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with tempfile.TemporaryDirectory() as directory:
+            said = {name: str(Path(directory) / name) for name in ("stdout", "stderr")}
+            request = {"arguments": arguments, "cwd": str(cwd), "environment": environment()}
+            print(json.dumps(request | said), file=self.process.stdin, flush=True)
+            if not select.select([self.process.stdout], [], [], TIMEOUT)[0]:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                warm.cache_clear()
+                raise subprocess.TimeoutExpired(list(arguments), TIMEOUT)
+            code = int(self.process.stdout.readline())
+            texts = {name: Path(path).read_text(encoding="utf-8") for name, path in said.items()}
+        return subprocess.CompletedProcess(list(arguments), code, **texts)
+
+
+@lru_cache(maxsize=1)
+def warm() -> Warm:
+    return Warm()
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
 def patchlight(
     *arguments: str, cwd: Path, kill_at: int | None = None, with_signal: int = signal.SIGKILL
 ) -> subprocess.CompletedProcess[str]:
     """Run the command in its own process; with `kill_at`, it gets a signal in that step."""
-    command = [sys.executable, "-m", "experiments.cli"]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    if kill_at is not None:
-        command = [sys.executable, "-m", "tests.killed"]
-        environment |= {"KILL_AT": str(kill_at), "KILL_WITH": str(int(with_signal))}
+    if kill_at is None:
+        return warm().run(arguments, cwd)
     return subprocess.run(
-        [*command, *arguments],
+        [sys.executable, "-m", "tests.killed", *arguments],
         cwd=cwd,
-        env=environment,
+        env=environment() | {"KILL_AT": str(kill_at), "KILL_WITH": str(int(with_signal))},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=TIMEOUT,
     )
 
 
