@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -56,9 +55,11 @@ def test_nothing_is_left_out_here() -> None:
 
 @pytest.mark.slow
 def test_train_resume_and_validate(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     first = patchlight(
-        *command("patchlight fit --config experiments/quickstart/supervised"), *SHORT, cwd=tmp_path
+        *command("patchlight fit --config experiments/quickstart/supervised.yaml --model"),
+        *SHORT,
+        cwd=tmp_path,
     )
     assert first.returncode == 0, first.stderr
     for start in ("patchlight fit --resume", "patchlight validate"):
@@ -76,7 +77,7 @@ def test_train_resume_and_validate(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_judging_looking_inside_and_comparing(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     tree(tmp_path / "my_images")
     start = "patchlight fit --config experiments/quickstart/supervised.yaml --trainer.callbacks"
     done = patchlight(*command(start), *QUICK, *SHORT, cwd=tmp_path)
@@ -107,7 +108,7 @@ def test_judging_looking_inside_and_comparing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_packs_and_resolutions(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     fit = command("patchlight fit --config experiments/quickstart/navit")
     small = ["--data.init_args.num_workers=0", "--data.init_args.source_args.num_train=200"]
     done = patchlight(*fit, *QUICK, *SHORT, *small, cwd=tmp_path)
@@ -121,7 +122,7 @@ def test_packs_and_resolutions(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_published_weights(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     tree(tmp_path / "my_images")
     torch.save(to_timm(Classifier(ViT("mu"), 7)), tmp_path / "weights.pth")
     done = patchlight(*command("patchlight inspect"), cwd=tmp_path)
@@ -137,7 +138,7 @@ def test_published_weights(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_own_images_and_smoke(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     tree(tmp_path / "my_images")
     checked = patchlight(*command("patchlight check-data"), cwd=tmp_path)
     assert checked.returncode == 0, checked.stdout + checked.stderr
