@@ -10,8 +10,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-import yaml
-
 from experiments.subject import read_config
 from experiments.sweep import RESULT
 
@@ -109,10 +107,7 @@ def read(path: Path) -> Run:
     Raises:
         ValueError: its config is none.
     """
-    try:
-        config = read_config(path / "config.yaml")
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"{path}/config.yaml cannot be read: {error}") from error
+    config = read_config(path / "config.yaml", "the run's")
     try:
         result = json.loads((path / RESULT).read_text(encoding="utf-8"))
     except (OSError, ValueError):

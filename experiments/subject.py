@@ -165,10 +165,10 @@ def read_yaml(path: Path, option: str) -> Any:
         raise ValueError(f"{option} {path} is no YAML file: {error}") from error
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    content = read_yaml(path, "--config")
+def read_config(path: Path, option: str = "--config") -> dict[str, Any]:
+    content = read_yaml(path, option)
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise ValueError(f"--config {path} is no recipe: it has no model")
+        raise ValueError(f"{option} {path} is no recipe: it has no model")
     return content
 
 

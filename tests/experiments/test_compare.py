@@ -177,7 +177,7 @@ def test_the_table(here: Path) -> None:
     assert [got["mae/version_0"][k] for k in ("images/s", "accuracy", "few-shot")] == [MISSING] * 3
     notes = (root / "compare.md").read_text()
     assert "- mae/version_0, linear: probe/version_1, the newest of 2\n" in notes
-    assert "- mae/version_0, k-NN: top1 k=20, teacher of best.ckpt\n" in notes
+    assert "- mae/version_0, k-NN: top1 k=20, teacher of best.ckpt, on digits\n" in notes
     assert "- vit/version_10, epochs: not finished, last heard of at step 19\n" in notes
     assert second.is_dir()
 
@@ -237,7 +237,7 @@ def test_where_runs_are_found(here: Path, capsys: pytest.CaptureFixture[str]) ->
     assert list(table(here / "runs")) == ["sweep/x/version_0"]
     assert "skipped runs/notes: it holds no run" in said
     assert "skipped runs/nowhere: it is no run directory" in said
-    assert "broken/config.yaml cannot be read" in said
+    assert "broken/config.yaml is no YAML file" in said
     compare(["runs/sweep", "runs/compare.md"])
     assert "compare.md" not in capsys.readouterr().err  # our own
     with pytest.raises(ValueError, match="no run in runs/notes; expected run directories"):
