@@ -39,7 +39,10 @@ from datamodules.batch import ImageBatch, Images, MultiCropBatch, PackedBatch
 from datamodules.module import Needs, SourceDataModule
 from modules import optim
 from modules.backbones import Backbone
+from modules.checks import check_at_least, check_precision
 from modules.dino_loss import Center, Targets, diagnose, koleo, sinkhorn_targets, view_loss
+from modules.drawing import pictures_of
+from modules.networks import embed
 from modules.optim import Optimization
 from modules.schedules import dino_cosine, warmup_cosine
 
@@ -210,11 +213,7 @@ class DINO(LightningModule):
         self.center = Center(num_prototypes, center_momentum) if centering == "center" else None
 
     def setup(self, stage: str) -> None:
-        if self.trainer.precision not in ("32-true", "bf16-mixed", "16-mixed"):
-            raise ValueError(
-                f"trainer.precision is {self.trainer.precision!r}; expected 32-true, bf16-mixed "
-                f"or 16-mixed, which keep the weights, and so the teacher, in float32"
-            )
+        check_precision(self.trainer)  # an average in half precision would not move
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, SourceDataModule):
             data.fit_to(Needs.of(self.student.backbone))
@@ -229,17 +228,15 @@ class DINO(LightningModule):
         return {"teacher": self.teacher, "student": self.student}
 
     def embed(self, images: Images, network: str | None = None) -> Float[Tensor, "b d"]:
-        """One vector an image, of one of `networks`; for callbacks that judge.
+        """One vector an image, of one of `networks`; for callbacks that judge."""
+        return embed(self.networks(), images, network)
 
-        Raises:
-            ValueError: no such network.
-        """
-        networks = self.networks()
-        name = next(iter(networks)) if network is None else network
-        if name not in networks:
-            raise ValueError(f"there is no network {name!r}; there is {', '.join(networks)}")
-        pooled: Tensor = networks[name].backbone(images).pooled
-        return pooled
+    def pictures(
+        self, images: Float[Tensor, "b c height width"]
+    ) -> dict[str, Float[Tensor, "3 rows columns"]]:
+        """What `modules.drawing.pictures_of` draws of the teacher."""
+        data: SourceDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        return pictures_of(self.teacher.backbone, images, data.mean, data.std)
 
     def forward(self, images: Images) -> Float[Tensor, "b d"]:
         return self.embed(images)
@@ -343,9 +340,3 @@ class DINO(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         return [EMA(), Collapse(stop=self.stop_on_collapse)]
-
-
-def check_at_least(least: int, **values: float) -> None:
-    for name, value in values.items():
-        if value < least:
-            raise ValueError(f"{name} is {value}; expected at least {least}")
