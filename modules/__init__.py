@@ -4,8 +4,8 @@
     dino.py         DINO         self-distillation of several views, without labels
     probe.py        LinearProbe  linear heads on a frozen backbone, as MAE and DINO are judged
 
-and what they share: `optim`, `lars`, `schedules`, `losses`, `dino_loss`, `checks`, `networks`,
-`distillation`, `weights`, `backbones`, and, to look inside, `analysis` and `drawing`.
+and what they share: `optim`, `lars`, `schedules`, `losses`, `dino_loss`, `ibot`, `checks`,
+`networks`, `distillation`, `weights`, `backbones`, and, to look inside, `analysis` and `drawing`.
 """
 
 from jsonargparse import set_parsing_settings
