@@ -144,14 +144,14 @@ def published_loop(module: MoCo, batches: list[Any], epoch: int) -> list[float]:
         {"params": [p for _, p in named if p.ndim > 1], "weight_decay": 0.1},
         {"params": [p for _, p in named if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer, warmup = torch.optim.AdamW(groups), round(0.5 * epoch)
+    optimizer, warmup = torch.optim.SGD(groups, lr=0.0, momentum=0.9), round(0.5 * epoch)
     for step, batch in enumerate(batches):
-        rate = 1e-3 * step / warmup if step < warmup else 0.0
+        rate = 0.005 * step / warmup if step < warmup else 0.0
         if step >= warmup:
-            rate = 1e-3 * 0.5 * (1 + np.cos(np.pi * (step - warmup) / (total - warmup)))
+            rate = 0.005 * 0.5 * (1 + np.cos(np.pi * (step - warmup) / (total - warmup)))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        momentum = 1 - 0.5 * (1 + np.cos(np.pi * step / total)) * (1 - 0.99)
+        momentum = 1 - 0.5 * (1 + np.cos(np.pi * step / total)) * (1 - 0.5)
         with torch.no_grad():
             for name, parameter in teacher.named_parameters():
                 ours = student.get_parameter(name)
@@ -173,14 +173,19 @@ def published_loop(module: MoCo, batches: list[Any], epoch: int) -> list[float]:
 
 
 def test_its_steps_follow_the_published_loop(tmp_path: Path) -> None:
-    record, again = Record(), method()
-    module = trained(tmp_path, record, steps=4)
+    # Attention and batch norms leave some biases a gradient of rounding, which Adam would blow up.
+    how = Optimization(
+        "sgd", 0.005, reference_batch=None, weight_decay=0.1, warmup_epochs=0.5, min_lr=0.0
+    )
+    given: dict[str, Any] = {"optimizer": how, "teacher_momentum": 0.5}
+    record, again = Record(), method(**given)
+    module = trained(tmp_path, record, steps=4, **given)
     expected = published_loop(again, record.batches, 4)
-    assert record.losses == pytest.approx(expected, abs=1e-4)
+    assert record.losses == pytest.approx(expected, abs=2e-5)
     assert len({round(loss, 3) for loss in expected}) == 8
     for name, value in again.named_parameters():  # the teacher's last move is by nothing
         ours = module.get_parameter(name)
-        torch.testing.assert_close(ours, value, atol=2e-4, rtol=1e-3, msg=name)
+        torch.testing.assert_close(ours, value, atol=1e-5, rtol=1e-4, msg=name)
 
 
 def test_the_projection_of_patches_rests_and_everything_else_learns(tmp_path: Path) -> None:
