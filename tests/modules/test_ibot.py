@@ -20,6 +20,7 @@ from datamodules.sampling import fold
 from modules.backbones import Masked
 from modules.dino_loss import Center, same_loss, sinkhorn_knopp
 from modules.ibot import Hidden, MaskedPatches, PatchLoss, hide, sinkhorn_targets
+from modules.weights import load_backbone
 from tests import small, views
 from tests.modules.test_dino_loss import kept_elements
 from tests.runs import differences
@@ -407,3 +408,11 @@ def test_a_step_compiles_once_without_a_break() -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == ["1"]
+
+
+def test_the_backbone_of_its_checkpoint_loads_into_others(tmp_path: Path) -> None:
+    module = trained(tmp_path, masked_patches=MaskedPatches(num_prototypes=9), steps=1)
+    checkpoint, other = next(tmp_path.rglob("last.ckpt")), views.backbone()
+    load_backbone(other, str(checkpoint), "teacher")
+    taught = dict(module.teacher.backbone.state_dict())
+    assert differences(dict(other.state_dict()), taught) == []

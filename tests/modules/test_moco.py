@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, seed_everything
 from torch import Tensor, nn
 
+from callbacks.pictures import Pictures
 from datamodules.batch import ImageBatch, MultiCropBatch
 from modules import MoCo
 from modules.moco import contrast, mlp
 from modules.optim import Optimization
+from modules.weights import load_backbone
 from tests import small, views
 from tests.runs import differences
 
@@ -273,3 +275,18 @@ def test_data_of_other_views_is_refused(tmp_path: Path) -> None:
 def test_values_out_of_range_are_refused(change: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         method(**change)
+
+
+def test_the_backbone_of_its_checkpoint_loads_into_others(tmp_path: Path) -> None:
+    module = trained(tmp_path, steps=1)
+    checkpoint, other = next(tmp_path.rglob("last.ckpt")), views.backbone()
+    load_backbone(other, str(checkpoint), "teacher")
+    taught = dict(module.teacher.backbone.state_dict())
+    assert differences(dict(other.state_dict()), taught) == []
+
+
+def test_it_draws_its_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr("modules.moco.pictures_of", lambda *given: drawn.append(given) or {})
+    module = trained(tmp_path, Pictures(), steps=1)
+    assert {id(given[0]) for given in drawn} == {id(module.teacher.backbone)}
