@@ -234,20 +234,11 @@ class DINO(LightningModule):
                 f"center_momentum is {center_momentum}, but centering {centering} has no center; "
                 f"remove it"
             )
-        first = teacher_temperature
-        if warmup_teacher_temperature is not None:
-            first = warmup_teacher_temperature
-        if (first != teacher_temperature) != (warmup_teacher_epochs > 0):
-            raise ValueError(
-                f"warmup_teacher_temperature is {first} and warmup_teacher_epochs "
-                f"{warmup_teacher_epochs}: a warm-up needs both, or neither"
-            )
-        for name, value in (("student", student_temperature), ("teacher", teacher_temperature)):
-            if min(value, first) <= 0:
-                raise ValueError(f"{name}_temperature is {value}; expected more than 0")
+        check_temperature("student", student_temperature)
+        warmup = (warmup_teacher_temperature, warmup_teacher_epochs)
+        self.temperatures = teacher_temperatures(teacher_temperature, *warmup)
         self.optimization, self.num_prototypes = optimizer, num_prototypes
         self.student_temperature, self.freeze_last_layer = student_temperature, freeze_last_layer
-        self.temperatures = (first, teacher_temperature, warmup_teacher_epochs)
         self.teacher_momentum, self.koleo = teacher_momentum, koleo
         self.stop_on_collapse = stop_on_collapse
         self.masked_patches = masked_patches
@@ -425,3 +416,25 @@ class DINO(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         return [EMA(), Collapse(stop=self.stop_on_collapse)]
+
+
+def teacher_temperatures(last: float, first: float | None, epochs: int) -> tuple[float, float, int]:
+    """Where the teacher's temperature begins and ends, and the epochs between.
+
+    Raises:
+        ValueError: half of a warm-up, or a temperature that is none.
+    """
+    first = last if first is None else first
+    if (first != last) != (epochs > 0):
+        raise ValueError(
+            f"warmup_teacher_temperature is {first} and warmup_teacher_epochs "
+            f"{epochs}: a warm-up needs both, or neither"
+        )
+    check_temperature("teacher", last)
+    check_temperature("warmup_teacher", first)
+    return first, last, epochs
+
+
+def check_temperature(name: str, value: float) -> None:
+    if value <= 0:
+        raise ValueError(f"{name}_temperature is {value}; expected more than 0")
