@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 Rows = slice  # of the images of a batch
 # What the teacher says of some images, [g, those images, k]; every row sums to one.
 Targets = Callable[[Rows], Float[Tensor, "g c k"]]
-# All devices' sum ("sum"), mean ("mean") or largest ("max") of a tensor.
+# All devices' sum ("sum"), mean ("mean") or largest ("max") of a tensor, which may be overwritten.
 Reduce = Callable[[Tensor, str], Tensor]
 
 LOGITS = 2**24  # that exist at once: 64 MiB in float32

@@ -224,7 +224,7 @@ def sinkhorn_targets(
                 x = x - (x - scale).logsumexp(dim=-1, keepdim=True)
             sums.append(x.masked_fill(~is_used[rows, None], -torch.inf).logsumexp(dim=0))
         own = torch.stack(sums).logsumexp(dim=0)
-        largest = reduce(own, "max")
+        largest = reduce(own.clone(), "max")
         # Where nothing is used anywhere, no column is scaled.
         largest = torch.where(largest == -torch.inf, 0.0, largest)
         scale = largest + reduce((own - largest).exp(), "sum").clamp(min=1e-30).log()
