@@ -2,15 +2,17 @@
 
     supervised.py   Supervised   cross-entropy on labels, with everything DeiT adds to it
     dino.py         DINO         self-distillation of several views, without labels
+    moco.py         MoCo         MoCo v3: two views of an image against all other images
     probe.py        LinearProbe  linear heads on a frozen backbone, as MAE and DINO are judged
 
-and what they share: `optim`, `lars`, `schedules`, `losses`, `dino_loss`, `checks`, `distillation`,
-`weights`, `backbones`, and, to look inside, `analysis` and `drawing`.
+and what they share: `optim`, `lars`, `schedules`, `losses`, `dino_loss`, `ibot`, `checks`,
+`networks`, `distillation`, `weights`, `backbones`, and, to look inside, `analysis` and `drawing`.
 """
 
 from jsonargparse import set_parsing_settings
 
 from modules.dino import DINO
+from modules.moco import MoCo
 from modules.probe import LinearProbe
 from modules.supervised import Supervised
 
@@ -29,4 +31,4 @@ set_parsing_settings(
     instantiate_subclass_spec_in_any=False,
 )
 
-__all__ = ["DINO", "LinearProbe", "Supervised"]
+__all__ = ["DINO", "LinearProbe", "MoCo", "Supervised"]

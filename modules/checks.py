@@ -1,9 +1,35 @@
-"""What methods ask of their data and of the trainer before the first step."""
+"""What methods ask of their arguments, their data and the trainer before the first step."""
 
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+
+from modules.backbones import Backbone
+
+
+def check_at_least(least: int, **values: float) -> None:
+    """Refuse values, by name, below `least`.
+
+    Raises:
+        ValueError: one of them.
+    """
+    for name, value in values.items():
+        if value < least:
+            raise ValueError(f"{name} is {value}; expected at least {least}")
+
+
+def check_masks(backbone: Backbone) -> None:
+    """Refuse a backbone that cannot do without some patches.
+
+    Raises:
+        ValueError: such a one.
+    """
+    if not backbone.takes_masks:
+        raise ValueError(
+            f"masked_patches hides patches, and {type(backbone).__name__} takes no masks; set "
+            f"masked_patches to null or use modules.backbones.ViT"
+        )
 
 
 def check_classes(data: Any, num_classes: int) -> None:

@@ -2,7 +2,7 @@
 
 "Emerging Properties in Self-Supervised Vision Transformers", Caron et al. 2021,
 https://arxiv.org/abs/2104.14294, algorithm 1, and its published code, which decides where the
-paper leaves a choice.
+paper leaves a choice. `modules.ibot` adds the loss of masked patches.
 
     teacher = copy(student);  center = 0
     for views of a batch of images:                    views 1, 2 are global, the others local
@@ -22,12 +22,12 @@ and KoLeo look at other images of the same micro-batch, so with these it matters
 
 import copy
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
@@ -37,9 +37,15 @@ from callbacks.collapse import Collapse
 from callbacks.ema import EMA, Average
 from datamodules.batch import ImageBatch, Images, MultiCropBatch, PackedBatch
 from datamodules.module import Needs, SourceDataModule
+from datamodules.views import NUM_GLOBAL
 from modules import optim
 from modules.backbones import Backbone
+from modules.backbones.masked import Group, Masked, pixels
+from modules.checks import check_at_least, check_masks, check_precision
 from modules.dino_loss import Center, Targets, diagnose, koleo, sinkhorn_targets, view_loss
+from modules.drawing import pictures_of
+from modules.ibot import Hidden, MaskedPatches, PatchLoss, Vectors, hide
+from modules.networks import embed
 from modules.optim import Optimization
 from modules.schedules import dino_cosine, warmup_cosine
 
@@ -95,22 +101,57 @@ class Head(nn.Module):
         return weight
 
 
-class Network(nn.Module):
-    """A backbone and a head: the student, or the teacher."""
+class Seen(NamedTuple):
+    """What a network makes of views.
 
-    def __init__(self, backbone: Backbone, head: Head) -> None:
+    features:    [v, b, d] pooled
+    bottlenecks: [v, b, e] the head's
+    patches:     [g * b, n, d] of the first group, the global views
+    """
+
+    features: Float[Tensor, "v b d"]
+    bottlenecks: Float[Tensor, "v b e"]
+    patches: Float[Tensor, "gb n d"]
+
+
+class Network(nn.Module):
+    """A backbone and a head: the student, or the teacher.
+
+    With `masks` also a token for patches that are hidden, and `patch_head` for patches where it is
+    not the same head.
+    """
+
+    def __init__(
+        self, backbone: Backbone, head: Head, masks: bool = False, patch_head: Head | None = None
+    ) -> None:
         super().__init__()
-        self.backbone, self.head = backbone, head
+        self.backbone, self.head, self.patch_head = backbone, head, patch_head
+        self.mask_token = nn.Parameter(torch.zeros(1, backbone.embed_dim)) if masks else None
 
     def forward(
-        self, crops: Sequence[Float[Tensor, "_ b _ _ _"]]
-    ) -> tuple[Float[Tensor, "v b d"], Float[Tensor, "v b e"]]:
-        """Features and bottlenecks of all views; each group of crops has one size."""
+        self,
+        crops: Sequence[Float[Tensor, "_ b _ _ _"]],
+        is_masked: Bool[Tensor, "gb n"] | None = None,
+    ) -> Seen:
+        """All views, each group of crops of one size; of the first group patches may be hidden."""
         b = crops[0].shape[1]
-        groups = self.backbone([crop.flatten(0, 1) for crop in crops])
+        images: list[Group] = [crop.flatten(0, 1) for crop in crops]
+        if is_masked is not None:
+            assert self.mask_token is not None
+            images[0] = Masked(pixels(images[0]), is_masked, self.mask_token)
+        groups = self.backbone(images)
         pooled = torch.cat([features.pooled for features in groups])
         features = rearrange(pooled, "(v b) d -> v b d", b=b)
-        return features, self.head(features)
+        return Seen(features, self.head(features), groups[0].patches)
+
+    def heads(self) -> tuple[Head, Head]:
+        """The one of views and that of patches, which may be the same."""
+        return self.head, self.head if self.patch_head is None else self.patch_head
+
+    def read(self, patches: Float[Tensor, "gb n d"], hidden: Hidden) -> Vectors:
+        """Bottlenecks of the hidden ones among patches, and what they are compared with."""
+        head = self.heads()[1]
+        return head(hidden.of(patches)), head.prototypes
 
     @property
     def num_layers(self) -> int:
@@ -118,6 +159,8 @@ class Network(nn.Module):
 
     def layer_of(self, name: str) -> int:
         """The layer of a parameter, for layer decay; the head comes after the last block."""
+        if name == "mask_token":
+            return 0
         inner = name.removeprefix("backbone.")
         return self.num_layers + 1 if inner == name else self.backbone.layer_of(inner)
 
@@ -146,6 +189,8 @@ class DINO(LightningModule):
         centering: what keeps the teacher from saying the same of all images: "center", or
             "sinkhorn_knopp" (DINOv2).
         center_momentum: how slowly the center follows; for centering "center".
+        masked_patches: has the student guess patches that it does not see as well (iBOT, DINOv2);
+            null for none.
         koleo: weight of the KoLeo regulariser on the student's global views; 0.1 in DINOv2.
         stop_on_collapse: ends a run that has collapsed, and says which way.
 
@@ -169,6 +214,7 @@ class DINO(LightningModule):
         teacher_momentum: float = 0.996,
         centering: Literal["center", "sinkhorn_knopp"] = "center",
         center_momentum: float = 0.9,
+        masked_patches: MaskedPatches | None = None,
         koleo: float = 0.0,
         stop_on_collapse: bool = True,
     ) -> None:
@@ -188,33 +234,33 @@ class DINO(LightningModule):
                 f"center_momentum is {center_momentum}, but centering {centering} has no center; "
                 f"remove it"
             )
-        first = teacher_temperature
-        if warmup_teacher_temperature is not None:
-            first = warmup_teacher_temperature
-        if (first != teacher_temperature) != (warmup_teacher_epochs > 0):
-            raise ValueError(
-                f"warmup_teacher_temperature is {first} and warmup_teacher_epochs "
-                f"{warmup_teacher_epochs}: a warm-up needs both, or neither"
-            )
-        for name, value in (("student", student_temperature), ("teacher", teacher_temperature)):
-            if min(value, first) <= 0:
-                raise ValueError(f"{name}_temperature is {value}; expected more than 0")
+        check_temperature("student", student_temperature)
+        warmup = (warmup_teacher_temperature, warmup_teacher_epochs)
+        self.temperatures = teacher_temperatures(teacher_temperature, *warmup)
         self.optimization, self.num_prototypes = optimizer, num_prototypes
         self.student_temperature, self.freeze_last_layer = student_temperature, freeze_last_layer
-        self.temperatures = (first, teacher_temperature, warmup_teacher_epochs)
         self.teacher_momentum, self.koleo = teacher_momentum, koleo
         self.stop_on_collapse = stop_on_collapse
-        head = Head(backbone.embed_dim, hidden_dim, bottleneck_dim, num_prototypes, norm_last_layer)
-        self.student = Network(backbone, head)
+        self.masked_patches = masked_patches
+
+        def head(k: int) -> Head:
+            return Head(backbone.embed_dim, hidden_dim, bottleneck_dim, k, norm_last_layer)
+
+        def center(k: int) -> Center | None:
+            return Center(k, center_momentum) if centering == "center" else None
+
+        of_views, of_patches, self.patch_loss = head(num_prototypes), None, None
+        if masked_patches is not None:
+            check_masks(backbone)
+            own = masked_patches.num_prototypes
+            of_patches = None if own is None else head(own)
+            self.patch_loss = PatchLoss(center(own or num_prototypes))
+        self.student = Network(backbone, of_views, masked_patches is not None, of_patches)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
-        self.center = Center(num_prototypes, center_momentum) if centering == "center" else None
+        self.center = center(num_prototypes)
 
     def setup(self, stage: str) -> None:
-        if self.trainer.precision not in ("32-true", "bf16-mixed", "16-mixed"):
-            raise ValueError(
-                f"trainer.precision is {self.trainer.precision!r}; expected 32-true, bf16-mixed "
-                f"or 16-mixed, which keep the weights, and so the teacher, in float32"
-            )
+        check_precision(self.trainer)  # an average in half precision would not move
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, SourceDataModule):
             data.fit_to(Needs.of(self.student.backbone))
@@ -229,17 +275,15 @@ class DINO(LightningModule):
         return {"teacher": self.teacher, "student": self.student}
 
     def embed(self, images: Images, network: str | None = None) -> Float[Tensor, "b d"]:
-        """One vector an image, of one of `networks`; for callbacks that judge.
+        """One vector an image, of one of `networks`; for callbacks that judge."""
+        return embed(self.networks(), images, network)
 
-        Raises:
-            ValueError: no such network.
-        """
-        networks = self.networks()
-        name = next(iter(networks)) if network is None else network
-        if name not in networks:
-            raise ValueError(f"there is no network {name!r}; there is {', '.join(networks)}")
-        pooled: Tensor = networks[name].backbone(images).pooled
-        return pooled
+    def pictures(
+        self, images: Float[Tensor, "b c height width"]
+    ) -> dict[str, Float[Tensor, "3 rows columns"]]:
+        """What `modules.drawing.pictures_of` draws of the teacher."""
+        data: SourceDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        return pictures_of(self.teacher.backbone, images, data.mean, data.std)
 
     def forward(self, images: Images) -> Float[Tensor, "b d"]:
         return self.embed(images)
@@ -250,22 +294,48 @@ class DINO(LightningModule):
                 "DINO compares views of an image, and the data gives one; set data.class_path to "
                 "datamodules.MultiCropDataModule"
             )
+        hidden = self.hide(batch)
         with torch.no_grad():
-            taught_features, taught = self.teacher(batch.crops[:1])
-        features, seen = self.student(batch.crops)
-        targets = self.targets(taught)
-        prototypes = self.student.head.prototypes
-        loss = batch.mean(view_loss(seen, prototypes, targets, self.student_temperature))
+            taught: Seen = self.teacher(batch.crops[:1])
+        seen: Seen = self.student(batch.crops, None if hidden is None else hidden.is_masked)
+        targets = self.targets(taught.bottlenecks)
+        given = (self.student.head.prototypes, targets, self.student_temperature)
+        loss = batch.mean(view_loss(seen.bottlenecks, *given))
         self.log("train/loss", loss, prog_bar=True, batch_size=batch.num_images, sync_dist=True)
-        out: dict[str, Any] = {"loss": loss, "embedding": taught_features[0]}
+        out: dict[str, Any] = {"loss": loss, "embedding": taught.features[0]}
         if self.trainer._logger_connector.should_update_logs:
-            counts = (batch.num_images, len(seen), self.num_prototypes)
+            counts = (batch.num_images, len(seen.features), self.num_prototypes)
             out["diagnosis"] = diagnose(loss, targets, *counts)
         if self.koleo > 0:
-            spread = torch.stack([koleo(view) for view in features[: len(taught)]]).sum()
+            views = seen.features[: len(taught.features)]
+            spread = torch.stack([koleo(view) for view in views]).sum()
             self.log("train/koleo", spread, batch_size=batch.num_images, sync_dist=True)
             out["loss"] = loss + self.koleo * spread
+        if hidden is not None and self.masked_patches is not None:
+            guessed = batch.mean(self.guess(seen.patches, taught.patches, hidden))
+            self.log("train/masked_patches", guessed, batch_size=batch.num_images, sync_dist=True)
+            out["loss"] = out["loss"] + self.masked_patches.weight * guessed
         return out
+
+    def hide(self, batch: MultiCropBatch) -> Hidden | None:
+        """Which patches of the global views the student does not see; None without the option."""
+        if self.masked_patches is None:
+            return None
+        height, width = batch.crops[0].shape[-2:]
+        patch = self.student.backbone.patch_size
+        return hide(self.masked_patches, batch.keys, (height // patch, width // patch))
+
+    def guess(
+        self, seen: Float[Tensor, "gb n d"], taught: Float[Tensor, "gb n d"], hidden: Hidden
+    ) -> Float[Tensor, " b"]:
+        """The loss of hidden patches of every image, mean over its global views."""
+        assert self.patch_loss is not None
+        temperatures = (self.student_temperature, self.teacher_temperature())
+        with torch.no_grad():
+            targets = self.teacher.read(taught, hidden)
+        vectors = self.student.read(seen, hidden)
+        losses: Tensor = self.patch_loss(vectors, targets, hidden, temperatures, self.reduce)
+        return losses.view(NUM_GLOBAL, -1).mean(dim=0)
 
     def targets(self, taught: Float[Tensor, "g b e"]) -> Targets:
         """What the teacher says of the global views at this step."""
@@ -315,6 +385,8 @@ class DINO(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.center is not None:  # here, because the logits were those of this teacher
             self.center.update(self.teacher.head.prototypes, self.reduce)
+        if self.patch_loss is not None and self.patch_loss.center is not None:
+            self.patch_loss.center.update(self.teacher.heads()[1].prototypes, self.reduce)
 
     def configure_gradient_clipping(
         self,
@@ -327,7 +399,8 @@ class DINO(LightningModule):
         optim.clip(self.optimization, self.student.parameters())
         if self.epoch() < self.freeze_last_layer:
             # It took part in backward, as DDP asks; the optimizer passes over it altogether.
-            self.student.head.last_layer.zero_grad(set_to_none=True)
+            for head in self.student.heads():
+                head.last_layer.zero_grad(set_to_none=True)
 
     def momentum_at(self, step: int) -> float:
         """Of the teacher in optimizer step `step`, from 0."""
@@ -345,7 +418,23 @@ class DINO(LightningModule):
         return [EMA(), Collapse(stop=self.stop_on_collapse)]
 
 
-def check_at_least(least: int, **values: float) -> None:
-    for name, value in values.items():
-        if value < least:
-            raise ValueError(f"{name} is {value}; expected at least {least}")
+def teacher_temperatures(last: float, first: float | None, epochs: int) -> tuple[float, float, int]:
+    """Where the teacher's temperature begins and ends, and the epochs between.
+
+    Raises:
+        ValueError: half of a warm-up, or a temperature that is none.
+    """
+    first = last if first is None else first
+    if (first != last) != (epochs > 0):
+        raise ValueError(
+            f"warmup_teacher_temperature is {first} and warmup_teacher_epochs "
+            f"{epochs}: a warm-up needs both, or neither"
+        )
+    check_temperature("teacher", last)
+    check_temperature("warmup_teacher", first)
+    return first, last, epochs
+
+
+def check_temperature(name: str, value: float) -> None:
+    if value <= 0:
+        raise ValueError(f"{name}_temperature is {value}; expected more than 0")

@@ -18,14 +18,14 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 Rows = slice  # of the images of a batch
 # What the teacher says of some images, [g, those images, k]; every row sums to one.
 Targets = Callable[[Rows], Float[Tensor, "g c k"]]
-# All devices' sum ("sum"), mean ("mean") or largest ("max") of a tensor.
+# All devices' sum ("sum"), mean ("mean") or largest ("max") of a tensor, which may be overwritten.
 Reduce = Callable[[Tensor, str], Tensor]
 
 LOGITS = 2**24  # that exist at once: 64 MiB in float32
@@ -38,6 +38,10 @@ def alone(value: Tensor, op: str) -> Tensor:
 
 def images_at_once(num_views: int, num_prototypes: int) -> int:
     return max(1, LOGITS // (num_views * num_prototypes))
+
+
+def vectors_at_once(num_prototypes: int) -> int:
+    return max(1, LOGITS // num_prototypes)
 
 
 def chunks(num_images: int, at_once: int) -> list[Rows]:
@@ -90,6 +94,45 @@ def loss_of(
     return total / (taught * (views - 1))
 
 
+def same_loss(
+    student: Float[Tensor, "t e"],
+    weight: Float[Tensor, "k e"],
+    targets: Targets,
+    temperature: float,
+    at_once: int | None = None,
+) -> Float[Tensor, " t"]:
+    """CE(q_i, softmax(s_i)) of every vector i with its own target, as `view_loss` computes it.
+
+    `targets` gives [1, those vectors, k].
+    """
+    losses = [
+        checkpoint(
+            *(same_loss_of, student[rows], weight, targets, rows, temperature),
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        for rows in chunks(len(student), at_once or vectors_at_once(len(weight)))
+    ]
+    return torch.cat(losses)
+
+
+def same_loss_of(
+    student: Float[Tensor, "c e"],
+    weight: Float[Tensor, "k e"],
+    targets: Targets,
+    rows: Rows,
+    temperature: float,
+) -> Float[Tensor, " c"]:
+    """`same_loss` of some vectors."""
+    with torch.autocast(student.device.type, enabled=False):
+        with torch.no_grad():
+            q = targets(rows)[0]
+        weight = weight.to(q.dtype)
+        student = student.to(q.dtype) / temperature
+        spread = F.linear(student, weight).logsumexp(dim=-1)
+        return spread - ((q @ weight) * student).sum(dim=-1)
+
+
 class Center(nn.Module):
     """Centering: targets are softmax((W z - center) / temperature).
 
@@ -105,8 +148,7 @@ class Center(nn.Module):
         self.momentum = momentum
         self.register_buffer("center", torch.zeros(1, num_prototypes))
         # Not buffers: DDP would overwrite other devices' with those of the first.
-        self.total: Tensor | None = None
-        self.count = 0
+        self.total: Tensor | None = None  # of bottlenecks, and at the end their number
 
     def targets(
         self, taught: Float[Tensor, "g b e"], weight: Float[Tensor, "k e"], temperature: float
@@ -119,19 +161,30 @@ class Center(nn.Module):
         return of
 
     @torch.no_grad()
-    def add(self, taught: Float[Tensor, "g b e"]) -> None:
-        """Remember a micro-batch for the next `update`; logits are linear, so bottlenecks do."""
-        total = taught.to(self.center.dtype).sum(dim=(0, 1))
+    def add(
+        self, taught: Float[Tensor, "g b e"], is_used: Bool[Tensor, "g b"] | None = None
+    ) -> None:
+        """Remember a micro-batch for the next `update`; logits are linear, so bottlenecks do.
+
+        `is_used`: which of them count; all of them without.
+        """
+        taught = taught.to(self.center.dtype)
+        number = taught.new_full((1,), taught.shape[0] * taught.shape[1])
+        if is_used is not None:
+            taught, number = taught * is_used[..., None], is_used.sum()[None].to(number)
+        total = torch.cat((taught.sum(dim=(0, 1)), number))
         self.total = total if self.total is None else self.total + total
-        self.count += taught.shape[0] * taught.shape[1]
 
     @torch.no_grad()
     def update(self, weight: Float[Tensor, "k e"], reduce: Reduce = alone) -> None:
-        """After the last micro-batch of a step; all devices have as many images."""
+        """After the last micro-batch of a step; a step without anything used changes nothing."""
         assert self.total is not None
-        mean = reduce(self.total / self.count, "mean")
-        self.center.lerp_(F.linear(mean, weight)[None], 1.0 - self.momentum)
-        self.total, self.count = None, 0
+        total, number = reduce(self.total, "sum").tensor_split([-1])
+        mean = F.linear(total / number.clamp(min=1.0), weight)[None]
+        self.center.copy_(
+            torch.where(number > 0, self.center.lerp(mean, 1.0 - self.momentum), self.center)
+        )
+        self.total = None
 
 
 @torch.no_grad()

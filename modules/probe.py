@@ -40,6 +40,7 @@ from modules.backbones.attention import Segments
 from modules.backbones.pooling import mean_patch
 from modules.checks import check_classes, check_precision
 from modules.losses import soft_cross_entropy, soft_targets
+from modules.networks import embed
 from modules.optim import Optimization
 from modules.weights import load_backbone
 
@@ -185,6 +186,10 @@ class LinearProbe(LightningModule):
     def networks(self) -> dict[str, Heads]:
         """What can be judged."""
         return {"probe": self.probe}
+
+    def embed(self, images: Images, network: str | None = None) -> Float[Tensor, "b d"]:
+        """One vector an image, of one of `networks`; for callbacks that judge."""
+        return embed(self.networks(), images, network)
 
     def forward(self, images: Images) -> Float[Tensor, "s b k"]:
         """The logits of each head of the sweep."""

@@ -38,6 +38,7 @@ from modules.checks import check_classes, check_precision
 from modules.distillation import Distillation, Teacher, distill
 from modules.drawing import pictures_of
 from modules.losses import LOSSES, loss_per_image, soft_targets
+from modules.networks import embed
 from modules.optim import Optimization
 from modules.weights import load as load_weights
 from modules.weights import load_backbone
@@ -242,17 +243,8 @@ class Supervised(LightningModule):
         return {"classifier": self.classifier, **averaged}
 
     def embed(self, images: Images, network: str | None = None) -> Float[Tensor, "b d"]:
-        """One vector an image, of one of `networks`; for callbacks that judge.
-
-        Raises:
-            ValueError: no such network.
-        """
-        networks = self.networks()
-        name = next(iter(networks)) if network is None else network
-        if name not in networks:
-            raise ValueError(f"there is no network {name!r}; there is {', '.join(networks)}")
-        pooled: Tensor = networks[name].backbone(images).pooled
-        return pooled
+        """One vector an image, of one of `networks`; for callbacks that judge."""
+        return embed(self.networks(), images, network)
 
     def pictures(
         self, images: Float[Tensor, "b c height width"]

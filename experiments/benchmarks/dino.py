@@ -21,8 +21,8 @@ from modules.dino_loss import Center, view_loss
 
 def ours(student: Network, teacher: Network, crops: list[Tensor], center: Center) -> Tensor:
     with torch.no_grad():
-        _, taught = teacher(crops[:1])
-    _, seen = student(crops)
+        taught = teacher(crops[:1]).bottlenecks
+    seen = student(crops).bottlenecks
     targets = center.targets(taught, teacher.head.prototypes, 0.04)
     return view_loss(seen, student.head.prototypes, targets, 0.1).mean()
 

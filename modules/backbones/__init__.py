@@ -16,6 +16,7 @@ from typing import Any
 from modules.backbones.attention import Packed
 from modules.backbones.factorised import FactorisedPositions
 from modules.backbones.layers import Backbone, BlockStyle, Features
+from modules.backbones.masked import Masked
 from modules.backbones.navit import NaViT
 from modules.backbones.positions import Positions
 from modules.backbones.vit import ViT
@@ -48,6 +49,7 @@ __all__ = [
     "BlockStyle",
     "FactorisedPositions",
     "Features",
+    "Masked",
     "NaViT",
     "Packed",
     "Positions",

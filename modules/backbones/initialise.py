@@ -24,9 +24,7 @@ def jax(network: nn.Module) -> None:
     """Google's: Xavier-uniform, q, k and v each on its own; LeCun-normal patches; zero token."""
 
     def weight(name: str, layer: nn.Linear) -> None:
-        stacked = {"qkv": 3, "kv": 2}.get(name.rpartition(".")[2], 1)
-        for part in layer.weight.chunk(stacked):
-            nn.init.xavier_uniform_(part)
+        xavier_parts(name, layer)
         if ".mlp." in name and layer.bias is not None:
             nn.init.normal_(layer.bias, std=1e-6)
 
@@ -54,6 +52,26 @@ def mae(network: nn.Module) -> None:
             nn.init.normal_(module.latent, std=0.02)
 
 
+def moco(network: nn.Module) -> None:
+    """MoCo v3's: Xavier-uniform, q, k and v each on its own, patches as one matrix; no biases."""
+    linears(network, xavier_parts)
+    tokens(network, position=0.02, token=1e-6)
+    for module in network.modules():
+        if isinstance(module, PatchEmbed):
+            nn.init.xavier_uniform_(module.proj.weight.flatten(1))
+            if module.proj.bias is not None:
+                nn.init.zeros_(module.proj.bias)
+        elif isinstance(module, (AttentionPool, QueryPool)):
+            nn.init.xavier_uniform_(module.latent[0])
+
+
+def xavier_parts(name: str, layer: nn.Linear) -> None:
+    """Xavier-uniform for each of the matrices that a layer stacks."""
+    stacked = {"qkv": 3, "kv": 2}.get(name.rpartition(".")[2], 1)
+    for part in layer.weight.chunk(stacked):
+        nn.init.xavier_uniform_(part)
+
+
 def linears(network: nn.Module, weight: Callable[[str, nn.Linear], object]) -> None:
     for name, layer in network.named_modules():
         if isinstance(layer, nn.Linear):
@@ -74,4 +92,4 @@ def tokens(network: nn.Module, position: float, token: float) -> None:
             nn.init.normal_(parameter, std=0.02)  # DeiT's, in every code base
 
 
-RULES: dict[str, Callable[[nn.Module], None]] = {"timm": timm, "jax": jax, "mae": mae}
+RULES: dict[str, Callable[[nn.Module], None]] = {"timm": timm, "jax": jax, "mae": mae, "moco": moco}

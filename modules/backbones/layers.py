@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from modules.backbones.attention import Groups, Packed, Segments, attend
+from modules.backbones.masked import Group, Masked
 
 
 class Features(NamedTuple):
@@ -46,6 +47,7 @@ class Backbone(nn.Module):
     num_layers:         depth L, for layer-wise learning-rate decay
     image_size:         (height, width) in pixels it was built for; None where any size is alike
     takes_packs:        takes packs of images of any size
+    takes_masks:        takes `masked.Masked` wherever it takes images of one size
     max_grid:           largest number of patches along a side of an image in a pack; None for no
                         limit. What makes packs asks for it and refuses larger images: on an
                         accelerator a network that waits for no tensor's value cannot
@@ -59,18 +61,19 @@ class Backbone(nn.Module):
     image_size: tuple[int, int] | None
     max_grid: int | None
     takes_packs: bool = True
+    takes_masks: bool = False
     in_channels: int
 
     @overload
-    def forward(self, images: Float[Tensor, "b c height width"] | Packed) -> Features: ...
+    def forward(self, images: Float[Tensor, "b c height width"] | Masked | Packed) -> Features: ...
     @overload
-    def forward(self, images: list[Tensor]) -> list[Features]: ...
-    def forward(self, images: Tensor | Packed | list[Tensor]) -> Features | list[Features]:
+    def forward(self, images: list[Group]) -> list[Features]: ...
+    def forward(self, images: Group | Packed | list[Group]) -> Features | list[Features]:
         """Of images of one size, of a pack, or of a list of groups: of each what it gives alone."""
         raise NotImplementedError
 
     def last_blocks(
-        self, images: Float[Tensor, "b c height width"] | Packed, count: int
+        self, images: Float[Tensor, "b c height width"] | Masked | Packed, count: int
     ) -> list[Features]:
         """What the last `count` blocks give, the last one last, each read out as `forward` does."""
         raise NotImplementedError

@@ -32,6 +32,7 @@ from modules.backbones.layers import (
     drop_path_rates,
     layer_norm,
 )
+from modules.backbones.masked import Group, Masked, pixels
 from modules.backbones.packed import check_pack
 from modules.backbones.pooling import AttentionPool, QueryPool, only_filled
 from modules.backbones.resampling import Grid
@@ -54,7 +55,7 @@ class NaViT(Backbone):
         patch_norm: LayerNorm before and after the projection of patches (vit-pytorch).
         pooling: "map" attention pooling with an MLP (Zhai et al. 2021); "query" attention pooling
             without one, added to its query, then a norm (vit-pytorch).
-        init: first values: "timm", "jax" (Google) or "mae".
+        init: first values: "timm", "jax" (Google), "mae" or "moco" (MoCo v3).
         dropout: rate after adding positions, after the attention projection, after the
             activation and after the second linear layer of the MLP.
         drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
@@ -70,6 +71,7 @@ class NaViT(Backbone):
     """
 
     image_size: None
+    takes_masks = True
 
     def __init__(
         self,
@@ -80,7 +82,7 @@ class NaViT(Backbone):
         block: BlockStyle = STYLE,
         patch_norm: bool = False,
         pooling: Literal["map", "query"] = "map",
-        init: Literal["timm", "jax", "mae"] = "timm",
+        init: Literal["timm", "jax", "mae", "moco"] = "timm",
         dropout: float = 0.0,
         drop_path: float = 0.0,
         depth: int | None = None,
@@ -119,16 +121,16 @@ class NaViT(Backbone):
         initialise.RULES[init](self)
 
     @overload
-    def forward(self, images: Float[Tensor, "b c height width"] | Packed) -> Features: ...
+    def forward(self, images: Float[Tensor, "b c height width"] | Masked | Packed) -> Features: ...
     @overload
-    def forward(self, images: list[Tensor]) -> list[Features]: ...
-    def forward(self, images: Tensor | Packed | list[Tensor]) -> Features | list[Features]:
+    def forward(self, images: list[Group]) -> list[Features]: ...
+    def forward(self, images: Group | Packed | list[Group]) -> Features | list[Features]:
         if isinstance(images, list):
             return self.forward_groups(images)
         (last,) = self.last_blocks(images, 1)
         return last
 
-    def forward_groups(self, groups: list[Tensor]) -> list[Features]:
+    def forward_groups(self, groups: list[Group]) -> list[Features]:
         """Of every group what it gives alone; the blocks go over all tokens once."""
         grids = [self.grid_of(images) for images in groups]
         parts = [self.embed(images, grid) for images, grid in zip(groups, grids, strict=True)]
@@ -140,7 +142,7 @@ class NaViT(Backbone):
         return [self.read_out(tokens, grid, None) for tokens, grid in each]
 
     def last_blocks(
-        self, images: Float[Tensor, "b c height width"] | Packed, count: int
+        self, images: Float[Tensor, "b c height width"] | Masked | Packed, count: int
     ) -> list[Features]:
         """What the last `count` blocks give, the last one last, each read out as `forward` does.
 
@@ -151,7 +153,7 @@ class NaViT(Backbone):
         if not 1 <= count <= self.num_layers:
             raise ValueError(f"{count} blocks were asked of a NaViT that has {self.num_layers}")
         grid, segments = None, None
-        if isinstance(images, Tensor):
+        if isinstance(images, (Tensor, Masked)):
             grid = self.grid_of(images)
             x = self.embed(images, grid)
         else:
@@ -167,31 +169,34 @@ class NaViT(Backbone):
         return [self.read_out(x, grid, segments) for x in kept]
 
     def embed(
-        self, images: Float[Tensor, "b c height width"], grid: Grid
+        self, images: Float[Tensor, "b c height width"] | Masked, grid: Grid
     ) -> Float[Tensor, "b n d"]:
         """Patches with their positions."""
         p = self.patch_size
-        patches = rearrange(images, "b c (y p) (x q) -> b (y x) (c p q)", p=p, q=p)
-        return self.embed_patches(patches, *places(grid, images.device))
+        patches = rearrange(pixels(images), "b c (y p) (x q) -> b (y x) (c p q)", p=p, q=p)
+        masked = images if isinstance(images, Masked) else None
+        return self.embed_patches(patches, *places(grid, patches.device), masked)
 
     def embed_patches(
         self,
         patches: Float[Tensor, "rows n e"],
         positions: Int[Tensor, "#rows n 2"],
         grids: Int[Tensor, "#rows n 2"],
+        masked: Masked | None = None,
     ) -> Float[Tensor, "rows n d"]:
         """The same of patches that are cut already."""
         x = self.embed_norm(self.patch_embed.packed(self.patch_norm(patches)))
+        x = x if masked is None else masked.over(x)
         out: Tensor = self.pos_drop(x + self.positions(positions, grids))
         return out
 
-    def grid_of(self, images: Float[Tensor, "b c height width"]) -> Grid:
+    def grid_of(self, images: Float[Tensor, "b c height width"] | Masked) -> Grid:
         """Rows and columns of patches of such images.
 
         Raises:
             ValueError: images that this network cannot take.
         """
-        grid = grid_of(images, self.in_channels, self.patch_size)
+        grid = grid_of(pixels(images), self.in_channels, self.patch_size)
         if self.max_grid is not None and max(grid) > self.max_grid:
             raise ValueError(
                 f"images of {grid[0]}x{grid[1]} patches reached a NaViT whose positions end at "

@@ -31,6 +31,7 @@ from modules.backbones.layers import (
     drop_path_rates,
     layer_norm,
 )
+from modules.backbones.masked import Group, Masked, pixels
 from modules.backbones.packed import check_pack, own_rows
 from modules.backbones.pooling import AttentionPool, mean_patch, only_filled, prefix_token
 from modules.backbones.positions import Positions, for_blocks, make_biases, make_tables
@@ -86,7 +87,7 @@ class ViT(Backbone):
         positions: which positions, and where they enter.
         block: what the blocks are made of.
         pre_logits: Linear and tanh after pooling, as in ImageNet-21k pre-training.
-        init: first values: "timm", "jax" (Google) or "mae".
+        init: first values: "timm", "jax" (Google), "mae" or "moco" (MoCo v3).
         dropout: rate after adding positions, after the attention projection, after the
             activation and after the second linear layer of the MLP.
         drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
@@ -103,6 +104,7 @@ class ViT(Backbone):
     """
 
     image_size: tuple[int, int]
+    takes_masks = True
 
     def __init__(
         self,
@@ -117,7 +119,7 @@ class ViT(Backbone):
         positions: Positions = Positions(),  # noqa: B008 - frozen
         block: BlockStyle = BlockStyle(),  # noqa: B008 - frozen
         pre_logits: bool = False,
-        init: Literal["timm", "jax", "mae"] = "timm",
+        init: Literal["timm", "jax", "mae", "moco"] = "timm",
         dropout: float = 0.0,
         drop_path: float = 0.0,
         uniform_drop_path: bool = False,
@@ -168,16 +170,16 @@ class ViT(Backbone):
         initialise.RULES[init](self)
 
     @overload
-    def forward(self, images: Float[Tensor, "b c height width"] | Packed) -> Features: ...
+    def forward(self, images: Float[Tensor, "b c height width"] | Masked | Packed) -> Features: ...
     @overload
-    def forward(self, images: list[Tensor]) -> list[Features]: ...
-    def forward(self, images: Tensor | Packed | list[Tensor]) -> Features | list[Features]:
+    def forward(self, images: list[Group]) -> list[Features]: ...
+    def forward(self, images: Group | Packed | list[Group]) -> Features | list[Features]:
         if isinstance(images, list) and len(images) > 1:
             return self.forward_groups(images)
         (last,) = self.last_blocks(images[0] if isinstance(images, list) else images, 1)
         return [last] if isinstance(images, list) else last
 
-    def forward_groups(self, groups: list[Tensor]) -> list[Features]:
+    def forward_groups(self, groups: list[Group]) -> list[Features]:
         """Of every group what it gives alone; the blocks go over all tokens once."""
         grids = [self.grid_of(images) for images in groups]
         parts = [self.embed(images, grid) for images, grid in zip(groups, grids, strict=True)]
@@ -187,7 +189,7 @@ class ViT(Backbone):
         return [self.pool(tokens, grid) for tokens, grid in each]
 
     def last_blocks(
-        self, images: Float[Tensor, "b c height width"] | Packed, count: int
+        self, images: Float[Tensor, "b c height width"] | Masked | Packed, count: int
     ) -> list[Features]:
         """What the last `count` blocks give, the last one last, each read out as `forward` does.
 
@@ -198,7 +200,7 @@ class ViT(Backbone):
         if not 1 <= count <= self.num_layers:
             raise ValueError(f"{count} blocks were asked of a ViT that has {self.num_layers}")
         where: Grid | Segments
-        if isinstance(images, Tensor):
+        if isinstance(images, (Tensor, Masked)):
             where = self.grid_of(images)
             x = self.embed(images, where)
         else:
@@ -207,19 +209,21 @@ class ViT(Backbone):
             x = self.embed_pack(images, where)
         return [self.read_out(x, where) for x in self.run_blocks(x, where, keep=count)]
 
-    def grid_of(self, images: Float[Tensor, "b c height width"]) -> Grid:
+    def grid_of(self, images: Float[Tensor, "b c height width"] | Masked) -> Grid:
         """Rows and columns of patches of such images.
 
         Raises:
             ValueError: images that this network cannot take.
         """
-        return grid_of(images, self.in_channels, self.patch_size)
+        return grid_of(pixels(images), self.in_channels, self.patch_size)
 
     def embed(
-        self, images: Float[Tensor, "b c height width"], grid: Grid
+        self, images: Float[Tensor, "b c height width"] | Masked, grid: Grid
     ) -> Float[Tensor, "b n d"]:
         """Prefix tokens and patches, with the positions that are added at the stem."""
-        x = self.patch_embed(images)
+        x = self.patch_embed(pixels(images))
+        if isinstance(images, Masked):
+            x = images.over(x)
         if (before := self.prefix_tokens()) is not None:
             x = torch.cat((before.expand(x.shape[0], -1, -1), x), dim=1)
         return self.add_positions(x, grid)

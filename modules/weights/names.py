@@ -39,7 +39,7 @@ GOOGLE = (
 
 # What training leaves beside a network, and a network does without.
 BESIDE = re.compile(
-    r"(decoder|mask_token|head|aux_head|fc\.|txt|text|logit|projector|predictor)|[tb]$"
+    r"(decoder|mask_token|head|aux_head|patch_head|fc\.|txt|text|logit|projector|predictor)|[tb]$"
 )
 
 

@@ -45,14 +45,19 @@ def test_a_killed_run_resumes_bit_by_bit(tmp_path: Path, whole: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_follow_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("centering", "masked"), [("center", "{num_prototypes: 32}"), ("sinkhorn_knopp", "null")]
+)
+def test_two_processes_follow_one(tmp_path: Path, centering: str, masked: str) -> None:
     runs = []
     for devices in (1, 2):
         directory = tmp_path / str(devices)
         directory.mkdir()
         share = [f"--trainer.devices={devices}", f"--data.init_args.batch_size={4 // devices}"]
         share += ["--trainer.strategy=ddp"] * (devices == 2)
-        done = patchlight("fit", *RUN, *share, cwd=directory)
+        how = [f"--model.init_args.centering={centering}"]
+        how += [f"--model.init_args.masked_patches={masked}"]
+        done = patchlight("fit", *RUN, *share, *how, cwd=directory)
         assert done.returncode == 0, done.stderr
         runs.append(only_run(directory))
     one, two = (logged_losses(run) for run in runs)

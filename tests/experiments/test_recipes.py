@@ -45,10 +45,13 @@ def weights(recipe: Path, directory: Path) -> list[str]:
 
 
 def smoke_for(recipe: Path) -> Path:
-    """The overlay that makes a recipe small: that of its data, or of all others."""
-    data = yaml.safe_load(recipe.read_text(encoding="utf-8"))["data"]["class_path"]
-    own = {"PackedDataModule": "navit", "MultiCropDataModule": "dino"}
-    return EXPERIMENTS / own.get(data.rpartition(".")[2], "") / "smoke.yaml"
+    """The overlay that makes a recipe small: that of its method, its data, or of all others."""
+    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    own = {"modules.MoCo": "moco", "modules.DINO": "dino", "datamodules.PackedDataModule": "navit"}
+    for part in ("model", "data"):
+        if (name := content[part]["class_path"]) in own:
+            return EXPERIMENTS / own[name] / "smoke.yaml"
+    return EXPERIMENTS / "smoke.yaml"
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.relative_to(EXPERIMENTS).as_posix())

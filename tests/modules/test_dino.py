@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from callbacks.checkpoint import read_checkpoint
+from callbacks.pictures import Pictures
 from modules.dino import Head
 from modules.schedules import dino_cosine, warmup_cosine
 from tests import small, views
@@ -313,3 +314,19 @@ def test_layer_decay_knows_the_layers_of_both_parts() -> None:
     assert layers["backbone.patch_embed.proj.weight"] == 0
     assert layers["backbone.blocks.1.norm1.weight"] == 2
     assert layers["head.mlp.0.weight"] == student.num_layers + 1
+
+
+def test_it_draws_its_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[Any, ...]] = []
+
+    def pictures_of(*given: Any) -> dict[str, Tensor]:
+        drawn.append(given)
+        return {"some": torch.zeros(3, 2, 2)}
+
+    monkeypatch.setattr("modules.dino.pictures_of", pictures_of)
+    module, data = views.method(), views.data()
+    views.trainer(tmp_path, Pictures(num_images=3), max_steps=2).fit(module, data)
+    ((backbone, images, mean, std),) = drawn
+    assert backbone is module.teacher.backbone
+    assert images.shape == (3, 1, 16, 16)
+    assert (mean, std) == (data.mean, data.std)

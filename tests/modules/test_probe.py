@@ -258,3 +258,12 @@ def test_two_processes_take_the_steps_of_one(
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-4, msg=name)
     assert expected["probe.heads.0.bias"].any()
+
+
+def test_what_is_embedded_is_the_frozen_backbone_pooled() -> None:
+    method, images = probe(), torch.randn(3, 1, 16, 16)
+    expected = method.probe.backbone(images).pooled
+    assert torch.equal(method.embed(images), expected)
+    assert torch.equal(method.embed(images, "probe"), expected)
+    with pytest.raises(ValueError, match="no network 'teacher'; there is probe"):
+        method.embed(images, "teacher")

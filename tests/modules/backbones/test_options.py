@@ -175,7 +175,7 @@ def test_uniform_drop_path() -> None:
     assert rates[1] == [0.2, 0.2, 0.2]
 
 
-@pytest.mark.parametrize("init", ["timm", "jax", "mae"])
+@pytest.mark.parametrize("init", ["timm", "jax", "mae", "moco"])
 def test_first_values(init: str) -> None:
     torch.manual_seed(0)
     options = {"init": init, "pooling": "map", "num_registers": 4, "pre_logits": True}
@@ -188,6 +188,7 @@ def test_first_values(init: str) -> None:
         "timm": (0.02, 0.02, 0.02, 1 / math.sqrt(3 * fan_in), 0.02, 1e-6),
         "jax": (each, xavier["mlp"], each, 1 / math.sqrt(fan_in), 0.02, 0.0),
         "mae": (xavier["qkv"], xavier["mlp"], each, math.sqrt(2 / (dim + fan_in)), 0.02, 0.02),
+        "moco": (each, xavier["mlp"], each, math.sqrt(2 / (dim + fan_in)), 0.02, 1e-6),
     }[init]
     weights = (
         *(block.attn.qkv.weight, block.mlp.fc1.weight, vit.pre_logits.weight),
@@ -200,7 +201,7 @@ def test_first_values(init: str) -> None:
     assert bool(block.mlp.fc1.bias.any()) == (init == "jax")
     assert block.mlp.fc1.bias.abs().max() < 1e-5
     assert vit.attn_pool.latent.any()
-    if init == "mae":
+    if init in ("mae", "moco"):
         bound = math.sqrt(6 / (dim + fan_in))
         assert bound * 0.99 < vit.patch_embed.proj.weight.abs().max() <= bound
 
