@@ -22,16 +22,13 @@ and KoLeo look at other images of the same micro-batch, so with these it matters
 
 import copy
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import Tensor, nn
-from torch.nn.utils.parametrizations import weight_norm
+from torch import Tensor
 
 from callbacks.collapse import Collapse
 from callbacks.ema import EMA, Average
@@ -40,11 +37,11 @@ from datamodules.module import Needs, SourceDataModule
 from datamodules.views import NUM_GLOBAL
 from modules import optim
 from modules.backbones import Backbone
-from modules.backbones.masked import Group, Masked, pixels
 from modules.checks import check_at_least, check_masks, check_precision
 from modules.dino_loss import Center, Targets, diagnose, koleo, sinkhorn_targets, view_loss
+from modules.dino_network import Head, Network, Seen
 from modules.drawing import pictures_of
-from modules.ibot import Hidden, MaskedPatches, PatchLoss, Vectors, hide
+from modules.ibot import Hidden, MaskedPatches, PatchLoss, hide
 from modules.networks import embed
 from modules.optim import Optimization
 from modules.schedules import dino_cosine, warmup_cosine
@@ -60,109 +57,6 @@ OPTIMIZATION = Optimization(
     clip_norm=3.0,
     clip_per_parameter=True,
 )
-
-
-class Head(nn.Module):
-    """Three linear layers to a bottleneck of length 1, then k prototypes with a norm of their own.
-
-    Keys are the published ones; files with the older `last_layer.weight_g` and `weight_v` load.
-    """
-
-    def __init__(
-        self, dim: int, hidden_dim: int, bottleneck_dim: int, num_prototypes: int, norm_last: bool
-    ) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(dim, hidden_dim),
-            nn.GELU(),
-            nn.Linear(hidden_dim, hidden_dim),
-            nn.GELU(),
-            nn.Linear(hidden_dim, bottleneck_dim),
-        )
-        for layer in self.mlp:
-            if isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)
-        self.last_layer = weight_norm(nn.Linear(bottleneck_dim, num_prototypes, bias=False))
-        norms: nn.Parameter = self.last_layer.parametrizations.weight.original0
-        nn.init.ones_(norms)
-        norms.requires_grad = not norm_last
-
-    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b e"]:
-        """The bottleneck, in float32; logits are its product with `prototypes`."""
-        out = self.mlp(x)
-        # Half precision logits over a temperature of 0.04 would be noise.
-        return F.normalize(out.to(torch.promote_types(out.dtype, torch.float32)), dim=-1)
-
-    @property
-    def prototypes(self) -> Float[Tensor, "k e"]:
-        """The weight of the last layer."""
-        weight: Tensor = self.last_layer.weight
-        return weight
-
-
-class Seen(NamedTuple):
-    """What a network makes of views.
-
-    features:    [v, b, d] pooled
-    bottlenecks: [v, b, e] the head's
-    patches:     [g * b, n, d] of the first group, the global views
-    """
-
-    features: Float[Tensor, "v b d"]
-    bottlenecks: Float[Tensor, "v b e"]
-    patches: Float[Tensor, "gb n d"]
-
-
-class Network(nn.Module):
-    """A backbone and a head: the student, or the teacher.
-
-    With `masks` also a token for patches that are hidden, and `patch_head` for patches where it is
-    not the same head.
-    """
-
-    def __init__(
-        self, backbone: Backbone, head: Head, masks: bool = False, patch_head: Head | None = None
-    ) -> None:
-        super().__init__()
-        self.backbone, self.head, self.patch_head = backbone, head, patch_head
-        self.mask_token = nn.Parameter(torch.zeros(1, backbone.embed_dim)) if masks else None
-
-    def forward(
-        self,
-        crops: Sequence[Float[Tensor, "_ b _ _ _"]],
-        is_masked: Bool[Tensor, "gb n"] | None = None,
-    ) -> Seen:
-        """All views, each group of crops of one size; of the first group patches may be hidden."""
-        b = crops[0].shape[1]
-        images: list[Group] = [crop.flatten(0, 1) for crop in crops]
-        if is_masked is not None:
-            assert self.mask_token is not None
-            images[0] = Masked(pixels(images[0]), is_masked, self.mask_token)
-        groups = self.backbone(images)
-        pooled = torch.cat([features.pooled for features in groups])
-        features = rearrange(pooled, "(v b) d -> v b d", b=b)
-        return Seen(features, self.head(features), groups[0].patches)
-
-    def heads(self) -> tuple[Head, Head]:
-        """The one of views and that of patches, which may be the same."""
-        return self.head, self.head if self.patch_head is None else self.patch_head
-
-    def read(self, patches: Float[Tensor, "gb n d"], hidden: Hidden) -> Vectors:
-        """Bottlenecks of the hidden ones among patches, and what they are compared with."""
-        head = self.heads()[1]
-        return head(hidden.of(patches)), head.prototypes
-
-    @property
-    def num_layers(self) -> int:
-        return self.backbone.num_layers
-
-    def layer_of(self, name: str) -> int:
-        """The layer of a parameter, for layer decay; the head comes after the last block."""
-        if name == "mask_token":
-            return 0
-        inner = name.removeprefix("backbone.")
-        return self.num_layers + 1 if inner == name else self.backbone.layer_of(inner)
 
 
 class DINO(LightningModule):

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modules.backbones import ViT
-from modules.dino import Head, Network
 from modules.dino_loss import Center, view_loss
+from modules.dino_network import Head, Network
 
 
 def ours(student: Network, teacher: Network, crops: list[Tensor], center: Center) -> Tensor:

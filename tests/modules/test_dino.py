@@ -15,7 +15,7 @@ from torch import Tensor
 
 from callbacks.checkpoint import read_checkpoint
 from callbacks.pictures import Pictures
-from modules.dino import Head
+from modules.dino_network import Head
 from modules.schedules import dino_cosine, warmup_cosine
 from tests import small, views
 from tests.runs import differences
