@@ -12,6 +12,7 @@
     patchlight resolutions RUN --sides 64,96,128       evaluate at several sizes, one picture
     patchlight knn --checkpoint C                      nearest neighbours of frozen features
     patchlight fewshot --checkpoint C                  linear classifiers from a few images a class
+    patchlight jaccard --checkpoint C                  whether attention finds the objects
     patchlight compare RUN [RUN ...]                   one table and one page with the curves
 
 `fit` and `validate` are LightningCLI: constructor signatures are the schema of a recipe, and
@@ -46,6 +47,7 @@ from callbacks.seeding import StepSeed
 from datamodules.check import main as check_data
 from experiments.checkpoints import export, inspect
 from experiments.compare import compare
+from experiments.jaccard import jaccard
 from experiments.judge import fewshot, knn
 from experiments.look import look
 from experiments.resolutions import resolutions
@@ -65,6 +67,7 @@ VERBS = {
     "resolutions": resolutions,
     "knn": knn,
     "fewshot": fewshot,
+    "jaccard": jaccard,
     "compare": compare,
 }
 LIBRARIES = (

@@ -79,9 +79,9 @@ def test_k_nn_equals_scikit_learns(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["-c", "random", "--config", str(DIGITS), "--k", "1", "--temperature", "1e6"]
     assert judge.knn(arguments) == 0
     said = capsys.readouterr().out
-    judged = judge.Judged(
-        judge.make_parser("knn", "").parse_args(["-c", "random", "--config", str(DIGITS)]), []
-    )
+    parser = judge.make_parser("knn", "")
+    judge.with_training(parser)
+    judged = judge.Judged(parser.parse_args(["-c", "random", "--config", str(DIGITS)]), [])
     sides = [
         np.array(f.features / f.features.norm(dim=1, keepdim=True))
         for f in (judged.train, judged.val)
