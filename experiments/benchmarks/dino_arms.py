@@ -1,12 +1,14 @@
 """Three ways to train DINO, and what each does for the loss alone; for `dino_step`."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from callbacks.ema import Average, advance
 from modules import optim
@@ -15,7 +17,10 @@ from modules.dino import OPTIMIZATION
 from modules.dino_loss import Center, view_loss
 from modules.dino_network import Head, Network
 
-OURS, PUBLISHED, LIGHTLY = ARMS = ("patchlight", "as published", "lightly")
+OURS, PUBLISHED, MIXED, LIGHTLY = ARMS = (
+    *("patchlight", "as published", "its loop, our attention", "lightly"),
+)
+ANY = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 GLOBAL, LOCAL = (2, 224), (8, 96)  # views and their sides
 STUDENT, TEACHER, MOMENTUM, LR, CLIP = 0.1, 0.04, 0.996, 1e-6, 3.0
 
@@ -91,7 +96,7 @@ def published_loss(s: Tensor, t: Tensor, center: Tensor) -> Tensor:
     return torch.stack(terms).mean()
 
 
-def published(size: Sizes, crops: list[Tensor]) -> Arm:
+def published(kernels: Sequence[SDPBackend], size: Sizes, crops: list[Tensor]) -> Arm:
     student, teacher = networks(size)
     center = torch.zeros(size.prototypes, device=size.device)
     matrices = [p for p in trained(student) if p.ndim > 1]
@@ -100,7 +105,8 @@ def published(size: Sizes, crops: list[Tensor]) -> Arm:
     optimizer = torch.optim.AdamW(groups, lr=LR)
 
     def logits(network: Network, views: list[Tensor]) -> Tensor:
-        rows = [network.backbone(group.flatten(0, 1)).pooled for group in views]
+        with sdpa_kernel(list(kernels)):
+            rows = [network.backbone(group.flatten(0, 1)).pooled for group in views]
         out: Tensor = network.head.last_layer(network.head(torch.cat(rows))).float()
         return out.view(-1, size.batch, size.prototypes)
 
@@ -174,7 +180,9 @@ def of_lightly(size: Sizes, crops: list[Tensor]) -> Arm:
 
 MAKE: dict[str, Callable[[Sizes, list[Tensor]], Arm]] = {
     OURS: ours,
-    PUBLISHED: published,
+    # The published network writes its softmax out.
+    PUBLISHED: partial(published, (SDPBackend.MATH,)),
+    MIXED: partial(published, ANY),
     LIGHTLY: of_lightly,
 }
 

@@ -3,20 +3,22 @@
     python -m experiments.benchmarks.dino_step [--variant S] [--batch 4] [--rounds 12]
 
 Patches of 16, views of 2 x 224 and 8 x 96 pixels that are there already, 65,536 prototypes. A step
-is both networks forward, loss, backward, clipping, optimizer and the average. Backbone and
-attention are ours in every arm, and all begin with the same weights and the same loss.
+is both networks forward, loss, backward, clipping, optimizer and the average. The backbone is ours
+in every arm, and all begin with the same weights and the same loss.
 
     patchlight     all views in one pass, no logits kept, fused AdamW and average
-    as published   a pass a resolution, all logits, a log-softmax for every pair of views, and a
-                   Python loop over parameters for clipping and for the average
+    as published   a pass a resolution, attention written out, all logits, a log-softmax for every
+                   pair of views, and a Python loop over parameters for clipping and the average
+    its loop, our attention   the same with torch's fused attention, which ours calls too
     lightly        a pass a view as in its example, its head, loss and average; it clips nothing
 
 The arms take turns round by round, in another order each time; on a GPU in bfloat16 autocast, on a
-CPU in float32 on one thread, by the CPU time it had (wall time on an idle machine). The first table shows medians, and the median and quartiles of the ratios round by
-round. What is not forward and backward costs the same for any batch: with a larger one its share
-shrinks. The second table shows memory, each arm in a process of its own: the peak of a second step
-above what the process held before it had networks, and that of the last layer and the loss alone,
-forward and backward, above the bottlenecks and the weights (`--loss-batch` images).
+CPU in float32 on one thread, by the CPU time it had (wall time on an idle machine). The first table
+shows medians, and the median and quartiles of the ratios round by round, of the whole step and
+without clipping, optimizer and average: these cost the same for any batch, so that their share
+shrinks with a larger one. The second table shows memory, each arm in a process of its own: the peak
+of a second step above what the process held before it had networks, and that of the last layer and
+the loss alone, forward and backward, above bottlenecks and weights (`--loss-batch` images).
 """
 
 import argparse
