@@ -6,7 +6,7 @@ Patches of 16, views of 2 x 224 and 8 x 96 pixels that are there already, 65,536
 is both networks forward, loss, backward, clipping, optimizer and the average. The backbone is ours
 in every arm, and all begin with the same weights and the same loss.
 
-    patchlight     all views in one pass, no logits kept, fused AdamW and average
+    patchlight     all views in one pass, logits of few images at a time, fused AdamW and average
     as published   a pass a resolution, attention written out, all logits, a log-softmax for every
                    pair of views, and a Python loop over parameters for clipping and the average
     its loop, our attention   the same with torch's fused attention, which ours calls too
