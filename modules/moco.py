@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 
@@ -35,11 +36,12 @@ from datamodules.batch import ImageBatch, Images, MultiCropBatch, PackedBatch
 from datamodules.module import Needs, SourceDataModule
 from modules import optim
 from modules.backbones import Backbone
-from modules.checks import check_at_least, check_precision
+from modules.checks import check_at_least, check_precision, check_weights
 from modules.drawing import pictures_of
 from modules.networks import embed
 from modules.optim import Optimization
 from modules.schedules import warmup_cosine
+from modules.weights import load_backbone
 
 OPTIMIZATION = Optimization(
     base_lr=1.5e-4, reference_batch=256, weight_decay=0.1, warmup_epochs=40, min_lr=0.0
@@ -116,7 +118,11 @@ class MoCo(LightningModule):
         projection_dim: width of what is compared.
         temperature: tau.
         teacher_momentum: m at the first step; it goes to 1 by half a cosine.
-        freeze_patches: keeps the projection of patches as it was drawn.
+        freeze_patches: keeps the projection of patches as it was drawn, or as `weights` have it.
+        weights: checkpoint whose backbone to begin with, ours or others' (`modules.weights`), in
+            student and teacher; null for first values. Projector and predictor begin anew.
+        weights_part: which network of the file, where it holds several (averaged, teacher).
+        weights_drop: names of the file that may be left over, beyond heads and decoders.
 
     Raises:
         ValueError: values out of range, or data that is not of two views.
@@ -131,6 +137,9 @@ class MoCo(LightningModule):
         temperature: float = 0.2,
         teacher_momentum: float = 0.99,
         freeze_patches: bool = True,
+        weights: str | None = None,
+        weights_part: str | None = None,
+        weights_drop: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)  # the run's config.yaml has them
@@ -139,6 +148,8 @@ class MoCo(LightningModule):
             raise ValueError(f"temperature is {temperature}; expected more than 0")
         if not 0.0 <= teacher_momentum <= 1.0:
             raise ValueError(f"teacher_momentum is {teacher_momentum}; expected within [0, 1]")
+        check_weights(weights, weights_part, weights_drop)
+        self.weights, self.weights_part, self.weights_drop = weights, weights_part, weights_drop
         self.optimization, self.temperature = optimizer, temperature
         self.teacher_momentum = teacher_momentum
         for name, parameter in backbone.named_parameters():
@@ -156,6 +167,12 @@ class MoCo(LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, SourceDataModule):
             data.fit_to(Needs.of(self.student.backbone))
+
+    def on_fit_start(self) -> None:
+        if self.weights is not None and self.trainer.ckpt_path is None:  # a run that starts
+            given = (self.weights, self.weights_part, self.weights_drop)
+            rank_zero_info(str(load_backbone(self.student.backbone, *given)))
+            self.teacher.backbone.load_state_dict(self.student.backbone.state_dict())
 
     def train(self, mode: bool = True) -> "MoCo":
         super().train(mode)
@@ -209,21 +226,12 @@ class MoCo(LightningModule):
         self.lr = optim.learning_rate(self.optimization, self.trainer)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        step, (optimizer,) = self.trainer.global_step, self.trainer.optimizers
-        lr = self.lr.at(step)
-        optim.set_lr(optimizer, lr)
-        optim.set_weight_decay(optimizer, self.optimization, step, self.lr.total)
+        lr, _ = optim.follow(self.optimization, self.lr, self.trainer)
+        momentum = self.momentum_at(self.trainer.global_step)
         self.log("schedule/lr", lr, batch_size=1)
-        self.log("schedule/teacher_momentum", self.momentum_at(step), batch_size=1)
+        self.log("schedule/teacher_momentum", momentum, batch_size=1)
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        if gradient_clip_val is not None:
-            raise ValueError("set optimizer.clip_norm of the model, not trainer.gradient_clip_val")
+    def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
         optim.clip(self.optimization, self.student.parameters())
 
     def momentum_at(self, step: int) -> float:

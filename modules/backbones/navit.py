@@ -55,7 +55,7 @@ class NaViT(Backbone):
         patch_norm: LayerNorm before and after the projection of patches (vit-pytorch).
         pooling: "map" attention pooling with an MLP (Zhai et al. 2021); "query" attention pooling
             without one, added to its query, then a norm (vit-pytorch).
-        init: first values: "timm", "jax" (Google), "mae" or "moco" (MoCo v3).
+        init: first values: "timm", "dino", "jax" (Google), "mae" or "moco" (MoCo v3).
         dropout: rate after adding positions, after the attention projection, after the
             activation and after the second linear layer of the MLP.
         drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
@@ -82,7 +82,7 @@ class NaViT(Backbone):
         block: BlockStyle = STYLE,
         patch_norm: bool = False,
         pooling: Literal["map", "query"] = "map",
-        init: Literal["timm", "jax", "mae", "moco"] = "timm",
+        init: Literal["timm", "dino", "jax", "mae", "moco"] = "timm",
         dropout: float = 0.0,
         drop_path: float = 0.0,
         depth: int | None = None,

@@ -87,7 +87,7 @@ class ViT(Backbone):
         positions: which positions, and where they enter.
         block: what the blocks are made of.
         pre_logits: Linear and tanh after pooling, as in ImageNet-21k pre-training.
-        init: first values: "timm", "jax" (Google), "mae" or "moco" (MoCo v3).
+        init: first values: "timm", "dino", "jax" (Google), "mae" or "moco" (MoCo v3).
         dropout: rate after adding positions, after the attention projection, after the
             activation and after the second linear layer of the MLP.
         drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
@@ -119,7 +119,7 @@ class ViT(Backbone):
         positions: Positions = Positions(),  # noqa: B008 - frozen
         block: BlockStyle = BlockStyle(),  # noqa: B008 - frozen
         pre_logits: bool = False,
-        init: Literal["timm", "jax", "mae", "moco"] = "timm",
+        init: Literal["timm", "dino", "jax", "mae", "moco"] = "timm",
         dropout: float = 0.0,
         drop_path: float = 0.0,
         uniform_drop_path: bool = False,
