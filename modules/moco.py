@@ -37,7 +37,7 @@ from modules import optim
 from modules.backbones import Backbone
 from modules.checks import check_at_least, check_precision
 from modules.drawing import pictures_of
-from modules.networks import embed
+from modules.networks import embed, teaching
 from modules.optim import Optimization
 from modules.schedules import warmup_cosine
 
@@ -86,6 +86,24 @@ class Network(nn.Module):
         return self.num_layers + 1 if inner == name else self.backbone.layer_of(inner)
 
 
+def freeze_projection(backbone: Backbone) -> None:
+    """Keep the projection of patches from learning.
+
+    Raises:
+        ValueError: a backbone that has none.
+    """
+    named = {name.removeprefix("model."): p for name, p in backbone.named_parameters()}
+    found = [p for name, p in named.items() if name.startswith("patch_embed.")]
+    if not found:
+        raise ValueError(
+            f"freeze_patches keeps the projection of patches (patch_embed) as it was drawn, and "
+            f"{type(backbone).__name__} {getattr(backbone, 'name', '')} has none; set "
+            f"freeze_patches to false"
+        )
+    for parameter in found:
+        parameter.requires_grad = False
+
+
 def contrast(
     queries: Float[Tensor, "2 b e"],
     keys: Float[Tensor, "2 all e"],
@@ -116,10 +134,12 @@ class MoCo(LightningModule):
         projection_dim: width of what is compared.
         temperature: tau.
         teacher_momentum: m at the first step; it goes to 1 by half a cosine.
-        freeze_patches: keeps the projection of patches as it was drawn.
+        freeze_patches: keeps the projection of patches as it was drawn; false for networks without
+            one, such as ResNets.
 
     Raises:
-        ValueError: values out of range, or data that is not of two views.
+        ValueError: values out of range, a projection to freeze that is not there, or data that is
+            not of two views.
     """
 
     def __init__(
@@ -141,15 +161,14 @@ class MoCo(LightningModule):
             raise ValueError(f"teacher_momentum is {teacher_momentum}; expected within [0, 1]")
         self.optimization, self.temperature = optimizer, temperature
         self.teacher_momentum = teacher_momentum
-        for name, parameter in backbone.named_parameters():
-            if freeze_patches and name.startswith("patch_embed."):
-                parameter.requires_grad = False
+        if freeze_patches:
+            freeze_projection(backbone)
         projector = mlp((backbone.embed_dim, hidden_dim, hidden_dim, projection_dim))
         predictor = mlp((projection_dim, hidden_dim, projection_dim))
         self.student = Network(backbone, projector, predictor)
         teacher = Network(copy.deepcopy(backbone), copy.deepcopy(projector), None)
         self.teacher = teacher.requires_grad_(False)
-        self.teacher.backbone.eval()
+        teaching(self.teacher)
 
     def setup(self, stage: str) -> None:
         check_precision(self.trainer)  # an average in half precision would not move
@@ -159,7 +178,8 @@ class MoCo(LightningModule):
 
     def train(self, mode: bool = True) -> "MoCo":
         super().train(mode)
-        self.teacher.backbone.eval()  # the projector's batch norms go by the batch, as published
+        if mode:
+            teaching(self.teacher)
         return self
 
     def networks(self) -> dict[str, Network]:
@@ -234,8 +254,8 @@ class MoCo(LightningModule):
         # Published: at the start of the next step, with that one's momentum.
         momentum = self.momentum_at(step)
         return (
-            Average(self.teacher.backbone, self.student.backbone, momentum),
-            Average(self.teacher.projector, self.student.projector, momentum),
+            Average(self.teacher.backbone, self.student.backbone, momentum, "keep"),
+            Average(self.teacher.projector, self.student.projector, momentum, "keep"),
         )
 
     def configure_callbacks(self) -> list[Callback]:
