@@ -13,9 +13,10 @@ https://arxiv.org/abs/2104.02057, algorithm 1, and its published code.
         teacher <- m teacher + (1 - m) student         m from 0.99 to 1
 
 The projection of patches stays as it was drawn, which keeps the training stable (section 4.2).
-Batch norms normalise each view by itself, in the teacher too; `trainer.sync_batchnorm` lets them
-see all devices, as published. Keys are those of a micro-batch of all devices, so accumulating
-gradients makes fewer negatives. Unlike in the published code, biases and norms do not decay.
+Batch norms normalise each view by itself (those of a backbone both views together), in the teacher
+too; `trainer.sync_batchnorm` lets them see all devices, as published. Keys are those of a
+micro-batch of all devices, so accumulating gradients makes fewer negatives. Unlike in the published
+code, biases and norms do not decay.
 """
 
 import copy

@@ -15,7 +15,7 @@ crops.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import timm
 import torch
@@ -28,8 +28,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from modules.backbones.attention import Packed
 from modules.backbones.layers import Backbone, Features
+from modules.backbones.layout import find_layout
 from modules.backbones.masked import Group, Masked
-from modules.backbones.resampling import Grid
 
 # Arguments of timm's that let a network take images of other sizes than it was built for.
 ANY_SIZE = {"dynamic_img_size": True, "strict_img_size": False}
@@ -41,26 +41,6 @@ OWN = {
     "pretrained": "weights of the method",
     "num_classes": "num_classes of the method",
 }
-
-
-class Layout(NamedTuple):
-    """How a network's map of features is laid out.
-
-    kind:   "NLC" tokens, "NCHW" or "NHWC"
-    stride: pixels between neighbours
-    prefix: tokens before the patches
-    """
-
-    kind: str
-    stride: int
-    prefix: int
-
-    def grid_of(self, size: tuple[int, int], count: int) -> Grid | None:
-        """Rows and columns of so many patches of an image; None where they are no such grid."""
-        rows, columns = (side // self.stride for side in size)
-        if rows * columns != count:  # padded up to whole patches
-            rows, columns = (-(-side // self.stride) for side in size)
-        return (rows, columns) if rows * columns == count else None
 
 
 class Timm(Backbone):
@@ -307,38 +287,6 @@ def build(
             offered = {key: value for key, value in offered.items() if key not in refused}
         except (AssertionError, RuntimeError) as error:
             raise ValueError(f"timm cannot build {name} with {offered | asked}: {error}") from error
-
-
-def find_layout(model: nn.Module, features: Tensor, size: tuple[int, int]) -> Layout | None:
-    """How features of an image of this size are laid out; None where they are no grid."""
-    if features.ndim == 3:
-        known = getattr(model, "num_prefix_tokens", None)
-        for prefix in (0, 1, 2) if known is None else (known,):
-            count = features.shape[1] - prefix
-            rows = max(1, round((count * size[0] / size[1]) ** 0.5))
-            if stride := find_stride(model, size, (rows, count // rows)):
-                layout = Layout("NLC", stride, prefix)
-                if layout.grid_of(size, count) is not None:
-                    return layout
-    elif features.ndim == 4:
-        kinds = {"NCHW": features.shape[2:], "NHWC": features.shape[1:3]}
-        told = str(getattr(model, "output_fmt", ""))
-        for kind in (told,) if told in kinds else tuple(kinds):
-            if stride := find_stride(model, size, (kinds[kind][0], kinds[kind][1])):
-                return Layout(kind, stride, 0)
-    return None
-
-
-def find_stride(model: nn.Module, size: tuple[int, int], grid: Grid) -> int | None:
-    """Pixels between neighbours of a grid over an image; None where they are not square."""
-    info = getattr(model, "feature_info", None)
-    told = info[-1].get("reduction") if isinstance(info, list) and info else None
-    for stride in (told, round(size[0] / max(1, grid[0]))):
-        if stride and all(
-            n in (side // stride, -(-side // stride)) for n, side in zip(grid, size, strict=True)
-        ):
-            return int(stride)
-    return None
 
 
 def layers_of(model: Any) -> tuple[dict[str, int], int]:
