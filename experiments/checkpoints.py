@@ -114,7 +114,9 @@ def export(argv: Sequence[str]) -> int:
     count = sum(parameter.numel() for parameter in network.parameters())
     print(f"wrote {given.out}: {count:,} parameters of step {checkpoint['global_step']}")
     if given.out.suffix == ".safetensors":
-        print("timm's VisionTransformer takes them with", weights.timm_arguments(network))
+        arguments = weights.timm_arguments(network)
+        which = "create_model" if "model_name" in arguments else "VisionTransformer"
+        print(f"timm's {which} takes them with", arguments)
     return 0
 
 

@@ -19,13 +19,13 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 
 from experiments.subject import (
-    arguments_told_by,
     backbone_kept_in,
     default_part,
     normalisation_of,
     read_config,
     read_yaml,
     run_of,
+    told_by,
 )
 from modules.weights import open_source
 from modules.weights.inspect import UNKNOWN
@@ -84,9 +84,8 @@ def take_weights(arguments: list[str]) -> list[str]:
     backbone = config.get("model", {}).get("init_args", {}).get("backbone")
     backbone = backbone or backbone_kept_in(weights[-1])
     if backbone is None:
-        init_args = arguments_told_by(parts[part], weights[-1])
-        backbone = {"class_path": "modules.backbones.ViT", "init_args": init_args}
-        settle_unknown(init_args, recipes, options, weights[-1])
+        backbone = told_by(parts[part], weights[-1])
+        settle_unknown(backbone["init_args"], recipes, options, weights[-1])
     before = [f"--model.class_path={method}", f"{BACKBONE}={json.dumps(backbone)}"]
     before += data_options(
         weights[-1], config, backbone["init_args"].get("in_channels", 3), recipes

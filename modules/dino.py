@@ -43,7 +43,7 @@ from modules.dino_loss import Center, Targets, diagnose, koleo, sinkhorn_targets
 from modules.dino_network import Head, Network, Seen
 from modules.drawing import pictures_of
 from modules.ibot import Hidden, MaskedPatches, PatchLoss, hide
-from modules.networks import embed
+from modules.networks import embed, teaching
 from modules.optim import Optimization
 from modules.schedules import dino_cosine, warmup_cosine
 from modules.weights import load_backbone
@@ -161,7 +161,8 @@ class DINO(LightningModule):
             of_patches = None if own is None else head(own)
             self.patch_loss = PatchLoss(center(own or num_prototypes))
         self.student = Network(backbone, of_views, masked_patches is not None, of_patches)
-        self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        teaching(self.teacher)
         self.center = center(num_prototypes)
 
     def setup(self, stage: str) -> None:
@@ -178,7 +179,8 @@ class DINO(LightningModule):
 
     def train(self, mode: bool = True) -> "DINO":
         super().train(mode)
-        self.teacher.eval()
+        if mode:
+            teaching(self.teacher)
         return self
 
     def networks(self) -> dict[str, Network]:
@@ -308,7 +310,7 @@ class DINO(LightningModule):
         return warmup_cosine(step, self.lr.total, 0, self.teacher_momentum, end=1.0)
 
     def averages(self, step: int) -> Sequence[Average]:
-        return (Average(self.teacher, self.student, self.momentum_at(step - 1)),)
+        return (Average(self.teacher, self.student, self.momentum_at(step - 1), "keep"),)
 
     def diagnosed_from(self) -> int:
         """The optimizer step from which a network that learns is past its start."""

@@ -13,9 +13,10 @@ https://arxiv.org/abs/2104.02057, algorithm 1, and its published code.
         teacher <- m teacher + (1 - m) student         m from 0.99 to 1
 
 The projection of patches stays as it was drawn, which keeps the training stable (section 4.2).
-Batch norms normalise each view by itself, in the teacher too; `trainer.sync_batchnorm` lets them
-see all devices, as published. Keys are those of a micro-batch of all devices, so accumulating
-gradients makes fewer negatives. Unlike in the published code, biases and norms do not decay.
+Batch norms normalise each view by itself (those of a backbone both views together), in the teacher
+too; `trainer.sync_batchnorm` lets them see all devices, as published. Keys are those of a
+micro-batch of all devices, so accumulating gradients makes fewer negatives. Unlike in the published
+code, biases and norms do not decay.
 """
 
 import copy
@@ -38,7 +39,7 @@ from modules import optim
 from modules.backbones import Backbone
 from modules.checks import check_at_least, check_precision, check_weights
 from modules.drawing import pictures_of
-from modules.networks import embed
+from modules.networks import embed, teaching
 from modules.optim import Optimization
 from modules.schedules import warmup_cosine
 from modules.weights import load_backbone
@@ -88,6 +89,24 @@ class Network(nn.Module):
         return self.num_layers + 1 if inner == name else self.backbone.layer_of(inner)
 
 
+def freeze_projection(backbone: Backbone) -> None:
+    """Keep the projection of patches from learning.
+
+    Raises:
+        ValueError: a backbone that has none.
+    """
+    named = {name.removeprefix("model."): p for name, p in backbone.named_parameters()}
+    found = [p for name, p in named.items() if name.startswith("patch_embed.")]
+    if not found:
+        raise ValueError(
+            f"freeze_patches keeps the projection of patches (patch_embed) as it was drawn, and "
+            f"{type(backbone).__name__} {getattr(backbone, 'name', '')} has none; set "
+            f"freeze_patches to false"
+        )
+    for parameter in found:
+        parameter.requires_grad = False
+
+
 def contrast(
     queries: Float[Tensor, "2 b e"],
     keys: Float[Tensor, "2 all e"],
@@ -118,14 +137,16 @@ class MoCo(LightningModule):
         projection_dim: width of what is compared.
         temperature: tau.
         teacher_momentum: m at the first step; it goes to 1 by half a cosine.
-        freeze_patches: keeps the projection of patches as it was drawn, or as `weights` have it.
+        freeze_patches: keeps the projection of patches as it was drawn, or as `weights` have it;
+            false for networks without one, such as ResNets.
         weights: checkpoint whose backbone to begin with, ours or others' (`modules.weights`), in
             student and teacher; null for first values. Projector and predictor begin anew.
         weights_part: which network of the file, where it holds several (averaged, teacher).
         weights_drop: names of the file that may be left over, beyond heads and decoders.
 
     Raises:
-        ValueError: values out of range, or data that is not of two views.
+        ValueError: values out of range, a projection to freeze that is not there, or data that is
+            not of two views.
     """
 
     def __init__(
@@ -152,15 +173,14 @@ class MoCo(LightningModule):
         self.weights, self.weights_part, self.weights_drop = weights, weights_part, weights_drop
         self.optimization, self.temperature = optimizer, temperature
         self.teacher_momentum = teacher_momentum
-        for name, parameter in backbone.named_parameters():
-            if freeze_patches and name.startswith("patch_embed."):
-                parameter.requires_grad = False
+        if freeze_patches:
+            freeze_projection(backbone)
         projector = mlp((backbone.embed_dim, hidden_dim, hidden_dim, projection_dim))
         predictor = mlp((projection_dim, hidden_dim, projection_dim))
         self.student = Network(backbone, projector, predictor)
         teacher = Network(copy.deepcopy(backbone), copy.deepcopy(projector), None)
         self.teacher = teacher.requires_grad_(False)
-        self.teacher.backbone.eval()
+        teaching(self.teacher)
 
     def setup(self, stage: str) -> None:
         check_precision(self.trainer)  # an average in half precision would not move
@@ -176,7 +196,8 @@ class MoCo(LightningModule):
 
     def train(self, mode: bool = True) -> "MoCo":
         super().train(mode)
-        self.teacher.backbone.eval()  # the projector's batch norms go by the batch, as published
+        if mode:
+            teaching(self.teacher)
         return self
 
     def networks(self) -> dict[str, Network]:
@@ -242,8 +263,8 @@ class MoCo(LightningModule):
         # Published: at the start of the next step, with that one's momentum.
         momentum = self.momentum_at(step)
         return (
-            Average(self.teacher.backbone, self.student.backbone, momentum),
-            Average(self.teacher.projector, self.student.projector, momentum),
+            Average(self.teacher.backbone, self.student.backbone, momentum, "keep"),
+            Average(self.teacher.projector, self.student.projector, momentum, "keep"),
         )
 
     def configure_callbacks(self) -> list[Callback]:

@@ -64,7 +64,7 @@ class Heads(nn.Module):
         super().__init__()
         self.backbone = backbone.requires_grad_(False).eval()
         self.num_blocks, self.mean_patches = num_blocks, mean_patches
-        dim = backbone.embed_dim * (num_blocks + mean_patches)
+        dim = backbone.embed_dim * num_blocks + backbone.patch_dim * mean_patches
         self.head_norm = Standardize(dim) if batch_norm else None
         weight = torch.empty(num_classes, dim).normal_(std=0.01)
         self.heads = nn.ModuleList(nn.Linear(dim, num_classes) for _ in range(num_heads))

@@ -25,8 +25,8 @@ class Features(NamedTuple):
     pooled:  [b, d] one vector an image, ready for a linear head; of a pack [m, d], zeros in slots
              without an image
     cls:     [b, d] the class token after the final norm, or None where there is none
-    patches: [b, n, d] one vector a patch, row by row; of a pack [rows, n, d], every token of it in
-             its place
+    patches: [b, n, d] one vector a patch, row by row, as wide as the backbone's `patch_dim`; of a
+             pack [rows, n, d], every token of it in its place
     grid:    rows and columns of the patches, n = rows * columns; None for a pack
     dist:    [b, d] the distillation token after the final norm, or None
     """
@@ -63,6 +63,11 @@ class Backbone(nn.Module):
     takes_packs: bool = True
     takes_masks: bool = False
     in_channels: int
+
+    @property
+    def patch_dim(self) -> int:
+        """Width of `Features.patches`."""
+        return self.embed_dim
 
     @overload
     def forward(self, images: Float[Tensor, "b c height width"] | Masked | Packed) -> Features: ...

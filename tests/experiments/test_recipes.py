@@ -1,6 +1,7 @@
 """Every recipe under `experiments/` runs: a new file is tested without a word here."""
 
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -44,8 +45,24 @@ def weights(recipe: Path, directory: Path) -> list[str]:
     return ["--weights", str(directory / "weights.pth")]
 
 
-def smoke_for(recipe: Path) -> Path:
-    """The overlay that makes a recipe small: that of its method, its data, or of all others."""
+def smoke_for(recipe: Path, directory: Path) -> Path:
+    """The overlay that makes a recipe small: that of its method, its data, or of all others.
+
+    A network of timm's becomes timm's miniature of its family in the place of the toy ViT.
+    """
+    overlay = overlay_of(recipe)
+    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    backbone = content["model"]["init_args"].get("backbone", {})
+    if backbone.get("class_path") != "modules.backbones.Timm":
+        return overlay
+    small, name = yaml.safe_load(overlay.read_text(encoding="utf-8")), backbone["init_args"]["name"]
+    (toy,) = (m for m in timm.list_models("test_*") if re.match(rf"{m[5:]}(\d{{2}}|_)", name))
+    small["model"]["init_args"]["backbone"]["init_args"] = {"name": toy}
+    (directory / "smoke.yaml").write_text(yaml.safe_dump(small), encoding="utf-8")
+    return directory / "smoke.yaml"
+
+
+def overlay_of(recipe: Path) -> Path:
     content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     own = {"modules.MoCo": "moco", "modules.DINO": "dino", "datamodules.PackedDataModule": "navit"}
     for part in ("model", "data"):
@@ -58,7 +75,7 @@ def smoke_for(recipe: Path) -> Path:
 def test_recipe(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     quiet = "--trainer.enable_progress_bar=false"
-    smoke = ["--config", str(recipe), "--config", str(smoke_for(recipe)), quiet]
+    smoke = ["--config", str(recipe), "--config", str(smoke_for(recipe, tmp_path)), quiet]
     smoke += teacher(recipe, tmp_path) + weights(recipe, tmp_path)
     first = fit(monkeypatch, *smoke, "--trainer.max_steps=1")
     assert first.trainer.global_step == 1
