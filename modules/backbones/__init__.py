@@ -16,7 +16,7 @@ from typing import Any
 from modules.backbones.attention import Packed
 from modules.backbones.factorised import FactorisedPositions
 from modules.backbones.layers import Backbone, BlockStyle, Features
-from modules.backbones.masked import Masked
+from modules.backbones.masked import Masked, Visible
 from modules.backbones.navit import NaViT
 from modules.backbones.positions import Positions
 from modules.backbones.vit import ViT
@@ -54,5 +54,6 @@ __all__ = [
     "Packed",
     "Positions",
     "ViT",
+    "Visible",
     "create",
 ]
