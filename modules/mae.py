@@ -28,7 +28,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from callbacks.tally import Tally
-from datamodules.batch import ImageBatch, Images, MultiCropBatch, PackedBatch
+from datamodules.batch import ImageBatch, Images, MultiCropBatch, PackedBatch, PackedImages
 from datamodules.module import Needs, SourceDataModule
 from modules import optim
 from modules.backbones import Backbone, Features, Visible, initialise
@@ -51,6 +51,9 @@ OPTIMIZATION = Optimization(
     warmup_epochs=40,
     min_lr=0.0,
 )
+
+
+Batch = ImageBatch | PackedBatch | MultiCropBatch  # the last of which is refused
 
 
 class Autoencoder(nn.Module):
@@ -132,10 +135,14 @@ class Autoencoder(nn.Module):
 
     def forward_encoder(self, images: Images, mask: Mask) -> Features:
         """Of the visible patches alone."""
+        visible: Visible | PackedImages
         if isinstance(images, Tensor):
             prefix = self.backbone.num_prefix_tokens
-            return self.backbone(Visible(images, mask.places[:, prefix:] - prefix))
-        return self.backbone(mask.shorter(images))
+            visible = Visible(images, mask.places[:, prefix:] - prefix)
+        else:
+            visible = mask.shorter(images)
+        features: Features = self.backbone(visible)
+        return features
 
     def forward_decoder(
         self, x: Float[Tensor, "rows kept d"], mask: Mask
@@ -194,9 +201,9 @@ class Autoencoder(nn.Module):
             predicted = predicted * scale + center
         grid = mask.tokens.where
         assert isinstance(grid, tuple)
-        removed = mask.is_removed[:, None, self.backbone.num_prefix_tokens :]
-        painted = self.unpatchify(predicted, grid)
-        return reconstruction(images, painted, removed.unflatten(2, grid), mean, std)
+        removed = mask.is_removed[:, self.backbone.num_prefix_tokens :]
+        removed = removed.view(-1, 1, *grid)
+        return reconstruction(images, self.unpatchify(predicted, grid), removed, mean, std)
 
     @property
     def num_layers(self) -> int:
@@ -285,13 +292,13 @@ class MAE(LightningModule):
     def forward(self, images: Images) -> Float[Tensor, "b d"]:
         return self.embed(images)
 
-    def training_step(self, batch: ImageBatch | PackedBatch, batch_idx: int) -> dict[str, Tensor]:
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         losses, features = self.losses(batch)
         loss = batch.mean(losses)
         self.log("train/loss", loss, prog_bar=True, batch_size=batch.num_images, sync_dist=True)
         return {"loss": loss, "embedding": features.pooled.detach()}
 
-    def losses(self, batch: ImageBatch | PackedBatch) -> tuple[Float[Tensor, " b"], Features]:
+    def losses(self, batch: Batch) -> tuple[Float[Tensor, " b"], Features]:
         if isinstance(batch, MultiCropBatch):
             raise ValueError(
                 "MAE takes one view of an image, and the data gives several; set data.class_path "

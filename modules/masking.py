@@ -193,10 +193,10 @@ def mask_by(scores: Float[Tensor, "rows n"], tokens: Tokens, ratio: float, kept:
     """Every image without the patches of its highest scores, at most `kept` tokens a row."""
     visible = tokens.each(each_visible(tokens.counts(), ratio))
     is_seen = tokens.is_patch & (tokens.ranks(scores) < visible)
-    is_padding = False
+    is_prefix = ~tokens.is_patch
     if isinstance(tokens.where, Segments):
-        is_padding = tokens.where.is_padding
-    is_seen = is_seen | ~(tokens.is_patch | is_padding)
+        is_prefix = is_prefix & ~tokens.where.is_padding
+    is_seen = is_seen | is_prefix
     places = (~is_seen).to(torch.uint8).argsort(dim=1, stable=True)[:, :kept]
     return Mask(tokens, is_seen, places)
 

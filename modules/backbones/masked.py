@@ -74,9 +74,7 @@ class Visible(NamedTuple):
 
     def patches(self, patch_size: int) -> Float[Tensor, "b kept e"]:
         """Their pixels in the order (channel, row, column); those of others are not touched."""
-        cut = rearrange(
-            self.images, "b c (y p) (x q) -> b y x c p q", p=patch_size, q=patch_size
-        )
+        cut = rearrange(self.images, "b c (y p) (x q) -> b y x c p q", p=patch_size, q=patch_size)
         image = torch.arange(len(cut), device=cut.device)[:, None]
         columns = cut.shape[2]
         return cut[image, self.places // columns, self.places % columns].flatten(2)

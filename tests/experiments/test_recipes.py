@@ -45,9 +45,12 @@ def weights(recipe: Path, directory: Path) -> list[str]:
 
 
 def smoke_for(recipe: Path) -> Path:
-    """The overlay that makes a recipe small: that of its method, its data, or of all others."""
+    """The overlay that makes a recipe small: beside it, of its method or data, or of all others."""
+    if (beside := recipe.parent / "smoke.yaml").is_file() and recipe.parent != EXPERIMENTS:
+        return beside
     content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    own = {"modules.MoCo": "moco", "modules.DINO": "dino", "datamodules.PackedDataModule": "navit"}
+    own = {"modules.MoCo": "moco", "modules.DINO": "dino", "modules.MAE": "mae"}
+    own["datamodules.PackedDataModule"] = "navit"
     for part in ("model", "data"):
         if (name := content[part]["class_path"]) in own:
             return EXPERIMENTS / own[name] / "smoke.yaml"
