@@ -165,7 +165,7 @@ class Autoencoder(nn.Module):
             wide = torch.promote_types(predicted.dtype, torch.float32)
             target = self.patchify(images).to(wide)
             if self.norm_pix:
-                mean, std = statistics(target)
+                mean, std = mean_and_std(target)
                 target = (target - mean) / std
             error = (predicted.to(wide) - target).square().mean(dim=-1)
             return mask.mean(error)
@@ -197,7 +197,7 @@ class Autoencoder(nn.Module):
         mask = self.mask(images, torch.arange(len(images), device=images.device))
         predicted = self.forward_decoder(self.forward_encoder(images, mask).patches, mask).float()
         if self.norm_pix:  # by the mean and deviation of what is to be predicted
-            center, scale = statistics(self.patchify(images).float())
+            center, scale = mean_and_std(self.patchify(images).float())
             predicted = predicted * scale + center
         grid = mask.tokens.where
         assert isinstance(grid, tuple)
@@ -215,7 +215,7 @@ class Autoencoder(nn.Module):
         return self.num_layers + 1 if inner == name else self.backbone.layer_of(inner)
 
 
-def statistics(
+def mean_and_std(
     patches: Float[Tensor, "rows n e"],
 ) -> tuple[Float[Tensor, "rows n 1"], Float[Tensor, "rows n 1"]]:
     """Mean and standard deviation of each patch over all its values; the variance is unbiased."""

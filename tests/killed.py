@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 from experiments import cli
-from modules import DINO, Supervised
+from modules import DINO, MAE, Supervised
 
 
 def doom(method: Any) -> None:
@@ -20,7 +20,7 @@ def doom(method: Any) -> None:
     method.training_step = training_step
 
 
-for each in (Supervised, DINO):
+for each in (Supervised, DINO, MAE):
     doom(each)
 
 if __name__ == "__main__":

@@ -29,8 +29,7 @@ from torch import Tensor
 
 from modules.backbones import Masked, Positions, ViT
 from modules.backbones.layers import Block
-from modules.mae import Autoencoder
-from modules.mae import statistics as of_patches
+from modules.mae import Autoencoder, mean_and_std
 
 SIDE, RATIO = 224, 0.75
 
@@ -91,7 +90,7 @@ def plain(network: Autoencoder, images: Tensor) -> Tensor:
     target = rearrange(
         images, "b c (y p) (x q) -> b (y x) (p q c)", p=vit.patch_size, q=vit.patch_size
     )
-    mean, std = of_patches(target)
+    mean, std = mean_and_std(target)
     error = (predicted - (target - mean) / std).square().mean(dim=-1)
     return (error * removed).sum() / removed.sum()
 

@@ -17,7 +17,7 @@ from datamodules.batch import PackedImages
 from datamodules.sampling import fold
 from modules import LinearProbe, Supervised, drawing, weights
 from modules.backbones import NaViT, Positions, ViT
-from modules.mae import Autoencoder, statistics
+from modules.mae import Autoencoder, mean_and_std
 from modules.masking import Mask
 from modules.optim import parameter_groups
 from modules.weights.inspect import describe
@@ -119,7 +119,7 @@ def test_first_values_are_the_published_ones() -> None:
 
 def test_normalised_pixels_have_the_unbiased_variance() -> None:
     patch = torch.tensor([[[1.0, 2.0, 3.0, 6.0]]])
-    mean, std = statistics(patch)
+    mean, std = mean_and_std(patch)
     expected = torch.tensor([-0.92582, -0.46291, 0.0, 1.38873])
     torch.testing.assert_close(((patch - mean) / std)[0, 0], expected, atol=1e-5, rtol=0)
 
