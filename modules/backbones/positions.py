@@ -255,8 +255,8 @@ def make_biases(
     return nn.ModuleList(tables) if how.place == "every" else tables[0]
 
 
-def read(table: Any, where: Grid | Segments | Part) -> Float[Tensor, "b n d"]:
-    """What a table has for the tokens that are there."""
+def read(table: Any, where: Grid | Segments | Part) -> Tensor:
+    """What a table has for the tokens that are there, or what biases there are of all of them."""
     if isinstance(where, Part):
         return where.rows(table(where.grid), table.num_prefix)
     out: Tensor = table(where)
