@@ -141,14 +141,20 @@ def run_of(checkpoint: Path) -> Path | None:
 
 def backbone_kept_in(checkpoint: str) -> dict[str, Any] | None:
     """The backbone as a run of ours wrote it into its checkpoint, None in files of others."""
-    if not checkpoint.endswith(".ckpt"):
-        return None
-    try:
-        kept = read_checkpoint(checkpoint).get("hyper_parameters", {}).get("backbone")
-    except (ValueError, AttributeError):
-        return None
+    kept = hyper_parameters_of(checkpoint).get("backbone")
     is_ours = isinstance(kept, dict) and str(kept.get("class_path")).startswith("modules.")
     return kept if is_ours else None
+
+
+def hyper_parameters_of(checkpoint: str) -> dict[str, Any]:
+    """The arguments of the method as a run of ours wrote them, none in files of others."""
+    if not checkpoint.endswith(".ckpt"):
+        return {}
+    try:
+        kept = read_checkpoint(checkpoint).get("hyper_parameters")
+    except (ValueError, AttributeError):
+        return {}
+    return kept if isinstance(kept, dict) else {}
 
 
 def read_yaml(path: Path, option: str) -> Any:

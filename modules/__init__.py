@@ -3,15 +3,18 @@
     supervised.py   Supervised   cross-entropy on labels, with everything DeiT adds to it
     dino.py         DINO         self-distillation of several views, without labels
     moco.py         MoCo         MoCo v3: two views of an image against all other images
+    mae.py          MAE          a masked autoencoder: predicts the pixels of removed patches
     probe.py        LinearProbe  linear heads on a frozen backbone, as MAE and DINO are judged
 
-and what they share: `optim`, `lars`, `schedules`, `losses`, `dino_loss`, `ibot`, `checks`,
-`networks`, `distillation`, `weights`, `backbones`, and, to look inside, `analysis` and `drawing`.
+and what they share: `optim`, `lars`, `schedules`, `losses`, `dino_loss`, `ibot`, `masking`,
+`checks`, `networks`, `distillation`, `weights`, `backbones`, and, to look inside, `analysis`,
+`drawing` and `reconstruction`.
 """
 
 from jsonargparse import set_parsing_settings
 
 from modules.dino import DINO
+from modules.mae import MAE
 from modules.moco import MoCo
 from modules.probe import LinearProbe
 from modules.supervised import Supervised
@@ -31,4 +34,4 @@ set_parsing_settings(
     instantiate_subclass_spec_in_any=False,
 )
 
-__all__ = ["DINO", "LinearProbe", "MoCo", "Supervised"]
+__all__ = ["DINO", "MAE", "LinearProbe", "MoCo", "Supervised"]

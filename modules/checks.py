@@ -43,6 +43,20 @@ def check_weights(weights: str | None, part: str | None, drop: Sequence[str]) ->
         raise ValueError("weights_part and weights_drop are about weights, which is not set")
 
 
+def check_visible(backbone: Backbone) -> None:
+    """Refuse a backbone that needs all patches of an image.
+
+    Raises:
+        ValueError: such a one.
+    """
+    if not backbone.takes_visible:
+        raise ValueError(
+            f"MAE shows its encoder some patches and no others, and this {type(backbone).__name__} "
+            f"needs the whole grid (relative positions and windows do); use modules.backbones.ViT "
+            f"with learned1d, learned2d or sincos2d positions"
+        )
+
+
 def check_classes(data: Any, num_classes: int) -> None:
     """Refuse a data module without labels or with more classes than a method has outputs.
 

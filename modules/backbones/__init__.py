@@ -18,7 +18,7 @@ from modules.backbones.any_timm import Timm
 from modules.backbones.attention import Packed
 from modules.backbones.factorised import FactorisedPositions
 from modules.backbones.layers import Backbone, BlockStyle, Features
-from modules.backbones.masked import Masked
+from modules.backbones.masked import Masked, Visible
 from modules.backbones.navit import NaViT
 from modules.backbones.positions import Positions
 from modules.backbones.vit import ViT
@@ -60,5 +60,6 @@ __all__ = [
     "Positions",
     "Timm",
     "ViT",
+    "Visible",
     "create",
 ]

@@ -1,14 +1,20 @@
-"""Images some of whose patches the network does not see: a learned token stands in for them.
+"""Images some of whose patches the network does not see.
 
+`Masked`: a learned token stands in for them,
 "iBOT: Image BERT Pre-Training with Online Tokenizer" (Zhou et al. 2021, section 3.1), after BEiT
 (Bao et al. 2021). The token takes the place of the projected patch, before positions are added,
 so that the network still knows which patch is missing.
+
+`Visible`: they are not there at all, "Masked Autoencoders Are Scalable Vision Learners" (He et al.
+2021, section 3). The others keep their positions, and what is not there costs nothing.
 """
 
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -38,8 +44,44 @@ class Masked(NamedTuple):
         return torch.where(self.is_masked[..., None], self.token.to(patches.dtype), patches)
 
 
+class Part(NamedTuple):
+    """Where some patches of images are, each image with a choice of its own.
+
+    grid:   rows and columns of patches of the whole images
+    places: [b, kept] which patches, counted row by row
+    """
+
+    grid: tuple[int, int]
+    places: Int[Tensor, "b kept"]
+
+    def rows(self, table: Float[Tensor, "1 n d"], num_prefix: int) -> Float[Tensor, "b kept_n d"]:
+        """The rows that a table for all tokens has for prefix tokens and for these patches."""
+        prefix = table[:, :num_prefix].expand(len(self.places), -1, -1)
+        return torch.cat((prefix, F.embedding(self.places, table[0, num_prefix:])), dim=1)
+
+
+class Visible(NamedTuple):
+    """Images of one size of which some patches are there and no others.
+
+    A backbone with `takes_visible` takes them for images.
+
+    images: [b, c, height, width]
+    places: [b, kept] the patches that are there, counted row by row; each once
+    """
+
+    images: Float[Tensor, "b c height width"]
+    places: Int[Tensor, "b kept"]
+
+    def patches(self, patch_size: int) -> Float[Tensor, "b kept e"]:
+        """Their pixels in the order (channel, row, column); those of others are not touched."""
+        cut = rearrange(self.images, "b c (y p) (x q) -> b y x c p q", p=patch_size, q=patch_size)
+        image = torch.arange(len(cut), device=cut.device)[:, None]
+        columns = cut.shape[2]
+        return cut[image, self.places // columns, self.places % columns].flatten(2)
+
+
 Group = Tensor | Masked  # images of one size
 
 
-def pixels(images: Group) -> Float[Tensor, "b c height width"]:
-    return images.images if isinstance(images, Masked) else images
+def pixels(images: Group | Visible) -> Float[Tensor, "b c height width"]:
+    return images if isinstance(images, Tensor) else images.images

@@ -32,7 +32,7 @@ from modules.backbones.layers import (
     drop_path_rates,
     layer_norm,
 )
-from modules.backbones.masked import Group, Masked, pixels
+from modules.backbones.masked import Group, Masked, Visible, pixels
 from modules.backbones.packed import check_pack
 from modules.backbones.pooling import AttentionPool, QueryPool, only_filled
 from modules.backbones.resampling import Grid
@@ -71,7 +71,7 @@ class NaViT(Backbone):
     """
 
     image_size: None
-    takes_masks = True
+    takes_masks = takes_visible = True
 
     def __init__(
         self,
@@ -121,10 +121,12 @@ class NaViT(Backbone):
         initialise.RULES[init](self)
 
     @overload
-    def forward(self, images: Float[Tensor, "b c height width"] | Masked | Packed) -> Features: ...
+    def forward(
+        self, images: Float[Tensor, "b c height width"] | Masked | Visible | Packed
+    ) -> Features: ...
     @overload
     def forward(self, images: list[Group]) -> list[Features]: ...
-    def forward(self, images: Group | Packed | list[Group]) -> Features | list[Features]:
+    def forward(self, images: Group | Visible | Packed | list[Group]) -> Features | list[Features]:
         if isinstance(images, list):
             return self.forward_groups(images)
         (last,) = self.last_blocks(images, 1)
@@ -142,7 +144,7 @@ class NaViT(Backbone):
         return [self.read_out(tokens, grid, None) for tokens, grid in each]
 
     def last_blocks(
-        self, images: Float[Tensor, "b c height width"] | Masked | Packed, count: int
+        self, images: Float[Tensor, "b c height width"] | Masked | Visible | Packed, count: int
     ) -> list[Features]:
         """What the last `count` blocks give, the last one last, each read out as `forward` does.
 
@@ -153,7 +155,12 @@ class NaViT(Backbone):
         if not 1 <= count <= self.num_layers:
             raise ValueError(f"{count} blocks were asked of a NaViT that has {self.num_layers}")
         grid, segments = None, None
-        if isinstance(images, (Tensor, Masked)):
+        if isinstance(images, Visible):
+            positions, grids = places(self.grid_of(images), images.places.device)
+            own = images.places
+            patches = images.patches(self.patch_size)
+            x = self.embed_patches(patches, positions[0, own], grids[0, own])
+        elif isinstance(images, (Tensor, Masked)):
             grid = self.grid_of(images)
             x = self.embed(images, grid)
         else:
@@ -190,7 +197,7 @@ class NaViT(Backbone):
         out: Tensor = self.pos_drop(x + self.positions(positions, grids))
         return out
 
-    def grid_of(self, images: Float[Tensor, "b c height width"] | Masked) -> Grid:
+    def grid_of(self, images: Float[Tensor, "b c height width"] | Masked | Visible) -> Grid:
         """Rows and columns of patches of such images.
 
         Raises:

@@ -28,7 +28,7 @@ from modules.backbones.any_timm import classifiers
 from modules.backbones.positions import Learned1D
 from modules.weights.files import State, read
 from modules.weights.names import BESIDE, Origins, with_our_names, with_timm_names
-from modules.weights.positions import fit_positions, tokens_of
+from modules.weights.positions import drop_computed, fit_positions, tokens_of
 
 FINAL_NORMS = ("norm", "fc_norm")  # of all tokens, of their average
 
@@ -153,12 +153,12 @@ def fill(
     kept = [key for key in own if is_named(key, (), drop)]
     state = {key: tensor for key, tensor in state.items() if key not in dropped}
     backbone = getattr(network, "backbone", network)
-    resampled: dict[str, str] = {}
+    resampled = drop_computed(state, network)
     if isinstance(backbone, ViT):
         is_ours = any(
             name.startswith(("positions.", "relative.")) for (name, *_) in origins.values()
         )
-        resampled = fit_positions(state, tokens, backbone, is_ours)
+        resampled |= fit_positions(state, tokens, backbone, is_ours)
     wanted = {key: network.state_dict()[own[key]] for key in own if key not in kept}
     check_cover(source, state, wanted)
     network.load_state_dict({own[key]: tensor for key, tensor in state.items()}, strict=not kept)

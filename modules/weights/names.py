@@ -18,6 +18,7 @@ Origins = dict[str, tuple[str, ...]]
 # Names of other code bases, as regular expressions, and ours. What is not here is alike.
 RENAMED = (
     (r"^pos_embed$", "positions.table"),
+    (r"^decoder_pos_embed$", "decoder_positions.table"),  # MAE
     (r"\.gamma_([12])$", r".ls\1.gamma"),  # DeiT-III
     (r"^pre_logits\.fc\.", "pre_logits."),  # timm before 0.6
 )

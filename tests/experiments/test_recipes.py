@@ -63,8 +63,11 @@ def smoke_for(recipe: Path, directory: Path) -> Path:
 
 
 def overlay_of(recipe: Path) -> Path:
+    if (beside := recipe.parent / "smoke.yaml").is_file() and recipe.parent != EXPERIMENTS:
+        return beside
     content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    own = {"modules.MoCo": "moco", "modules.DINO": "dino", "datamodules.PackedDataModule": "navit"}
+    own = {"modules.MoCo": "moco", "modules.DINO": "dino", "modules.MAE": "mae"}
+    own["datamodules.PackedDataModule"] = "navit"
     for part in ("model", "data"):
         if (name := content[part]["class_path"]) in own:
             return EXPERIMENTS / own[name] / "smoke.yaml"
