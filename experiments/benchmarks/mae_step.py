@@ -36,7 +36,7 @@ SIDE, RATIO = 224, 0.75
 
 def ours(network: Autoencoder, images: Tensor) -> Tensor:
     keys = torch.randint(2**62, (len(images),), device=images.device)
-    losses, _ = network(images, network.mask(images, keys))
+    losses: Tensor = network(images, network.mask(images, keys))[0]
     return losses.mean()
 
 
@@ -50,7 +50,8 @@ def full(network: Autoencoder, images: Tensor, token: Tensor) -> Tensor:
     for block in network.decoder_blocks:
         x = block(x)
     predicted = network.decoder_pred(network.decoder_norm(x))
-    return network.forward_loss(images, predicted, mask).mean()
+    losses: Tensor = network.forward_loss(images, predicted, mask)
+    return losses.mean()
 
 
 def plain_block(block: Block, x: Tensor) -> Tensor:
@@ -59,7 +60,8 @@ def plain_block(block: Block, x: Tensor) -> Tensor:
     q, k, v = attention.project(block.norm1(x))
     weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
     x = x + attention.proj((weights @ v).transpose(1, 2).flatten(2))
-    return x + block.mlp(block.norm2(x))
+    out: Tensor = x + block.mlp(block.norm2(x))
+    return out
 
 
 def gathered(x: Tensor, ids: Tensor) -> Tensor:
@@ -92,7 +94,8 @@ def plain(network: Autoencoder, images: Tensor) -> Tensor:
     )
     mean, std = mean_and_std(target)
     error = (predicted - (target - mean) / std).square().mean(dim=-1)
-    return (error * removed).sum() / removed.sum()
+    loss: Tensor = (error * removed).sum() / removed.sum()
+    return loss
 
 
 def lightly_step(variant: str, images: Tensor) -> Callable[[], Tensor] | None:
@@ -105,7 +108,7 @@ def lightly_step(variant: str, images: Tensor) -> Callable[[], Tensor] | None:
     import timm
 
     names = {"S": "small", "B": "base", "L": "large"}
-    vit = timm.create_model(f"vit_{names[variant]}_patch16_{SIDE}")
+    vit: Any = timm.create_model(f"vit_{names[variant]}_patch16_{SIDE}")
     vit.reset_classifier(0)
     encoder = MaskedVisionTransformerTIMM(vit=vit).to(images.device)
     decoder = MAEDecoderTIMM(
@@ -122,8 +125,7 @@ def lightly_step(variant: str, images: Tensor) -> Callable[[], Tensor] | None:
         whole = decoder.decode(utils.set_at_index(whole, keep, x.type_as(whole)))
         predicted = decoder.predict(utils.get_at_index(whole, removed))
         target = utils.get_at_index(utils.patchify(images, 16), removed - 1)
-        loss = F.mse_loss(predicted, target)
-        return loss
+        return F.mse_loss(predicted, target)
 
     return step
 
