@@ -50,7 +50,8 @@ def full(network: Autoencoder, images: Tensor, token: Tensor) -> Tensor:
     for block in network.decoder_blocks:
         x = block(x)
     predicted = network.decoder_pred(network.decoder_norm(x))
-    return network.forward_loss(images, predicted, mask).mean()
+    losses: Tensor = network.forward_loss(images, predicted, mask)
+    return losses.mean()
 
 
 def plain_block(block: Block, x: Tensor) -> Tensor:
@@ -92,8 +93,9 @@ def plain(network: Autoencoder, images: Tensor) -> Tensor:
         images, "b c (y p) (x q) -> b (y x) (p q c)", p=vit.patch_size, q=vit.patch_size
     )
     mean, std = mean_and_std(target)
-    error: Tensor = (predicted - (target - mean) / std).square().mean(dim=-1)
-    return (error * removed).sum() / removed.sum()
+    error = (predicted - (target - mean) / std).square().mean(dim=-1)
+    loss: Tensor = (error * removed).sum() / removed.sum()
+    return loss
 
 
 def lightly_step(variant: str, images: Tensor) -> Callable[[], Tensor] | None:
@@ -123,8 +125,7 @@ def lightly_step(variant: str, images: Tensor) -> Callable[[], Tensor] | None:
         whole = decoder.decode(utils.set_at_index(whole, keep, x.type_as(whole)))
         predicted = decoder.predict(utils.get_at_index(whole, removed))
         target = utils.get_at_index(utils.patchify(images, 16), removed - 1)
-        loss = F.mse_loss(predicted, target)
-        return loss
+        return F.mse_loss(predicted, target)
 
     return step
 
