@@ -8,13 +8,13 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 Interpolation = Literal["bilinear", "bicubic"]
@@ -87,6 +87,13 @@ def crop_and_resize(
     )[0].contiguous()
 
 
+def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm's, which asks Pillow now and then for 0 bits: black, and refused by new versions."""
+    if bits >= 8:
+        return image
+    return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
+
+
 def make_rand_augment(recipe: str, fill: tuple[int, ...]) -> Augment:
     """timm's RandAugment, for instance "rand-m9-mstd0.5-inc1", as a function of (image, key).
 
@@ -107,6 +114,9 @@ def make_rand_augment(recipe: str, fill: tuple[int, ...]) -> Augment:
             f"rand_augment {recipe!r} is not a recipe timm reads ({error}); "
             f"expected for instance 'rand-m9-mstd0.5-inc1'"
         ) from error
+    for operation in transform.ops:
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = posterize
 
     def apply(image: Array, key: int) -> Array:
         python_state, numpy_state = random.getstate(), np.random.get_state()

@@ -118,3 +118,10 @@ def test_rand_augment_is_timms_under_the_key_and_leaves_generators_alone() -> No
 def test_unknown_rand_augment_recipe() -> None:
     with pytest.raises(ValueError, match="rand_augment 'augmix-3' is not a recipe"):
         make_rand_augment("augmix-3", (0, 0, 0))
+
+
+def test_no_bits_are_left_of_an_image_now_and_then() -> None:
+    """At magnitude 10 timm posterizes to 0 bits, which new versions of Pillow refuse."""
+    apply = make_rand_augment("rand-m10-inc1", (0, 0, 0))
+    image = np.full((8, 8, 3), 200, np.uint8)
+    assert any(not apply(image, key).any() for key in range(200))
