@@ -259,3 +259,9 @@ def test_other_commands_are_left_alone() -> None:
     ):
         assert take_weights(["fit", *given]) == ["fit", *given]
     assert take(["--a", "--b", "x", "--b=y", "z"], "--b") == (["--a", "z"], ["x", "y"])
+
+
+def test_a_method_that_takes_none() -> None:
+    recipe = str(EXPERIMENTS / "quickstart" / "mae.yaml")
+    with pytest.raises(ValueError, match=r"modules\.MAE begins with first values and takes no"):
+        take_weights(["fit", "--config", recipe, "--weights", "x.ckpt"])
