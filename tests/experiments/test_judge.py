@@ -245,7 +245,9 @@ def test_packs_of_any_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     arguments = ["-c", "random", "--config", str(recipe), "--k", "3"]
     assert judge.knn([*arguments, *small]) == 0
     assert "30 training and 9 held-out images" in capsys.readouterr().out
-    judged = judge.Judged(judge.make_parser("knn", "").parse_args(arguments[:4]), small)
+    parser = judge.make_parser("knn", "")
+    judge.with_training(parser)
+    judged = judge.Judged(parser.parse_args(arguments[:4]), small)
     assert isinstance(judged.subject.backbone, NaViT)
     source = judged.data.train_source
     assert judged.train.labels.tolist() == [source[i].label for i in range(len(source))]
