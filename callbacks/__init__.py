@@ -5,11 +5,11 @@ collapse.py     Collapse        signs of collapse of self-distillation
 ema.py          EMA             averages of networks, once an optimizer step
 knn.py          KNN             nearest neighbours of frozen features
 monitors.py     FiniteLoss      stops a run that diverged
-                Throughput      images per second
 pictures.py     AugmentedBatch  the batch as the network sees it
                 Pictures        what the method draws of held-out images
 probes.py       OnlineProbe     a linear classifier beside any method
 seeding.py      StepSeed        one seed a step
+throughput.py   Throughput      images and tokens per second, utilisation, waiting, memory
 
 and what they share with methods: `standardize`, `tally`.
 """
@@ -18,10 +18,11 @@ from callbacks.checkpoint import Checkpoint
 from callbacks.collapse import Collapse
 from callbacks.ema import EMA
 from callbacks.knn import KNN
-from callbacks.monitors import FiniteLoss, Throughput
+from callbacks.monitors import FiniteLoss
 from callbacks.pictures import AugmentedBatch, Pictures
 from callbacks.probes import OnlineProbe
 from callbacks.seeding import StepSeed
+from callbacks.throughput import Throughput
 
 __all__ = [
     "EMA",

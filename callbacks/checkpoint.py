@@ -1,12 +1,14 @@
 """Checkpoints: what is on the disk can always be loaded, and loading runs no code.
 
 A run directory holds `checkpoints/last.ckpt`, from which the run goes on bit by bit as if it
-had not stopped, and `checkpoints/best.ckpt`, the best by the monitored metric.
+had not stopped, `checkpoints/before.ckpt`, the one before it, should a disk damage that, and
+`checkpoints/best.ckpt`, the best by the monitored metric.
 """
 
 import math
 import os
 import pickle
+import shutil
 import zipfile
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
@@ -17,11 +19,13 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint as CheckpointBase
-from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+LAST, BEFORE, BEST = "last.ckpt", "before.ckpt", "best.ckpt"
 PRIMITIVES = (bool, int, float, str, bytes, type(None))
 
 
@@ -89,13 +93,20 @@ def first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-class AtomicCheckpointIO(CheckpointIO):
-    """Writes a checkpoint beside its place, syncs it to the disk, then renames it."""
+class AtomicCheckpointIO(_WrappingCheckpointIO):
+    """Writes a checkpoint beside its place, syncs it to the disk, then renames it.
+
+    It wraps nothing; Lightning's strategy for TPUs takes no others than wrapping ones.
+
+    Raises:
+        ValueError: the disk is full or refuses; what was there before is as it was.
+    """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
         path = Path(path)
+        checkpoint = apply_to_collection(checkpoint, Tensor, off_xla)
         if "hyper_parameters" in checkpoint:
             hparams = primitive_hyper_parameters(checkpoint["hyper_parameters"])
             checkpoint = {**checkpoint, "hyper_parameters": hparams}
@@ -110,6 +121,13 @@ class AtomicCheckpointIO(CheckpointIO):
                 os.fsync(file.fileno())
             temporary.replace(path)
             sync_directory(path.parent)
+        except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
+            free = shutil.disk_usage(path.parent).free / 2**20
+            raise ValueError(
+                f"{path} could not be written ({first_line(error)}; {free:,.0f} MiB are free); "
+                f"what was there before is as it was. Make room, then go on with "
+                f"`patchlight fit --resume RUN`"
+            ) from error
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -123,6 +141,27 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: str | Path) -> None:
         Path(path).unlink(missing_ok=True)
+
+
+def off_xla(tensor: Tensor) -> Tensor:
+    """On the CPU, where it is on a TPU, whose tensors only torch_xla can read."""
+    return tensor.cpu() if tensor.device.type == "xla" else tensor
+
+
+def keep(path: Path, kept: Path) -> None:
+    """A second name for a file, in the place of what had that name; nothing where there is none.
+
+    What takes the first name next is another file, so this one stays as it is.
+    """
+    if not path.is_file():
+        return
+    temporary = kept.with_name(f".{kept.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, temporary)
+    temporary.replace(kept)
 
 
 def sync_directory(path: Path) -> None:
@@ -183,12 +222,14 @@ class Checkpoint(CheckpointBase):
 
     def save_last(self, trainer: Trainer) -> None:
         self.saved_step = trainer.global_step
-        self.save(trainer, "last.ckpt")
+        if trainer.is_global_zero:
+            keep(self.directory / LAST, self.directory / BEFORE)
+        self.save(trainer, LAST)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.saved_step = trainer.global_step
         # The evaluation at the end of a run comes after its last.ckpt, which does not know of it.
-        path = self.directory / "best.ckpt"
+        path = self.directory / BEST
         if trainer.ckpt_path is not None and self.monitor is not None and path.is_file():
             kept = read_checkpoint(path).get("callbacks", {}).get(self.state_key, {})
             if kept.get("best") is not None and self.is_better(kept["best"]):
@@ -229,7 +270,7 @@ class Checkpoint(CheckpointBase):
             return
         if self.is_better(value):
             self.best, self.best_step = value, trainer.global_step
-            self.save(trainer, "best.ckpt")
+            self.save(trainer, BEST)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # `max_steps`, or epochs that are not evaluated, can end a run between two evaluations; its
@@ -253,7 +294,7 @@ class Checkpoint(CheckpointBase):
         if isinstance(exception, SIGTERMException) and stepped:
             try:
                 self.save_last(trainer)
-            except OSError as error:
+            except ValueError as error:
                 rank_zero_warn(f"no checkpoint could be written on the way out: {error}")
 
     def state_dict(self) -> dict[str, Any]:

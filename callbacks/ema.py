@@ -6,6 +6,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 
 class Average(NamedTuple):
@@ -28,6 +30,11 @@ class HasAverages(Protocol):
     def averages(self, step: int) -> Sequence[Average]: ...
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """What this device holds of a tensor that is spread over devices; of others all."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 @torch.no_grad()
 def advance(average: Average) -> None:
     """One update, fused over tensors. The target is float32 whatever the source trains in.
@@ -46,7 +53,8 @@ def advance(average: Average) -> None:
             current.append(buffer)
         elif average.buffers != "keep":
             kept.copy_(buffer)
-    sources = [source.to(t.dtype) for t, source in zip(targets, current, strict=True)]
+    targets = [own_part(target) for target in targets]
+    sources = [own_part(c).to(t.dtype) for t, c in zip(targets, current, strict=True)]
     for target in targets:
         if target.dtype not in (torch.float32, torch.float64):
             raise ValueError(
@@ -69,6 +77,9 @@ class EMA(Callback):
         if trainer.global_step == self.step:
             return
         self.step = trainer.global_step
+        for part in pl_module.modules():
+            if isinstance(part, FSDPModule):  # its whole weights, for reading, are no longer right
+                part.reshard()
         method: HasAverages = pl_module  # type: ignore[assignment]
         for average in method.averages(self.step):
             advance(average)

@@ -149,8 +149,17 @@ def erase(
     hole = inside((height, width), top, left, h, w) & applied[:, None, None, None]
     size = c * height * width
     place = (uniforms(keys, NOISE, 1)[:, 0] * PLACES).long()
-    noise = noise_table(size, images.device).unfold(0, size, 1)[place].view_as(images)
+    noise = windows(noise_table(size, images.device), place, size).view_as(images)
     return torch.where(hole, noise, images)
+
+
+def windows(
+    table: Float[Tensor, " n"], place: Int[Tensor, " b"], size: int
+) -> Float[Tensor, "b size"]:
+    """`size` numbers of a table from each place on."""
+    if table.device.type == "xla":  # whose views are copies
+        return table[place[:, None] + torch.arange(size, device=table.device)]
+    return table.unfold(0, size, 1)[place]
 
 
 @lru_cache(maxsize=8)

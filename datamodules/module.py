@@ -1,6 +1,7 @@
 """What data modules over a source share: opening it, its loaders, its unreadable images."""
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -42,6 +43,41 @@ class Needs(NamedTuple):
     def of(cls, backbone: Any) -> "Needs":
         """Those of a backbone, which has attributes of these names."""
         return cls(*(getattr(backbone, name) for name in cls._fields))
+
+
+class WaitedLoader(DataLoader[Batch]):
+    """A loader that knows for how long its batches were waited for.
+
+    Attributes:
+        waited: seconds, in all.
+
+    Raises:
+        ValueError: one of its processes was killed.
+    """
+
+    waited = 0.0
+
+    def __iter__(self) -> Any:
+        return self.timed(super().__iter__())
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        while True:
+            started = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise ValueError(
+                    f"a process that loads images ended ({' '.join(str(error).split())[:120]}), "
+                    f"most often for want of memory; set data.init_args.num_workers to less than "
+                    f"{self.num_workers}. `patchlight fit --resume RUN` goes on from last.ckpt"
+                ) from error
+            finally:
+                self.waited += time.perf_counter() - started
+            yield batch
 
 
 def limited(length: int, limit: float) -> int:
@@ -180,7 +216,7 @@ class SourceDataModule(LightningDataModule):
         sampler: Sampler[Any],
         collate: Callable[[Any], Batch],
     ) -> DataLoader[Batch]:
-        return DataLoader(
+        return WaitedLoader(
             dataset,
             batch_sampler=sampler,
             num_workers=self.num_workers,

@@ -3,6 +3,7 @@
     patchlight fit --config RECIPE [--key value ...]   train
     patchlight fit --config RECIPE --weights CHECKPOINT    train from weights, of any method
     patchlight fit --resume RUN                        go on with a run that was stopped
+    patchlight fit --config RECIPE --run RUN           the same if it was begun, else begin it there
     patchlight validate --config RUN/config.yaml --ckpt_path RUN/checkpoints/best.ckpt
     patchlight check-data DIR                          find unreadable images beforehand
     patchlight inspect FILE                            what a checkpoint holds, and what fits it
@@ -13,6 +14,7 @@
     patchlight knn --checkpoint C                      nearest neighbours of frozen features
     patchlight fewshot --checkpoint C                  linear classifiers from a few images a class
     patchlight jaccard --checkpoint C                  whether attention finds the objects
+    patchlight plan --config RECIPE                    steps, rate and memory on 1 to 1,024 devices
     patchlight compare RUN [RUN ...]                   one table and one page with the curves
 
 `fit` and `validate` are LightningCLI: constructor signatures are the schema of a recipe, and
@@ -40,19 +42,23 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import modules  # noqa: F401 - registers the methods and limits what a config may name
-from callbacks.checkpoint import AtomicCheckpointIO, Checkpoint, read_checkpoint
-from callbacks.monitors import FillRate, FiniteLoss, Throughput
+from callbacks.checkpoint import BEFORE, LAST, AtomicCheckpointIO, Checkpoint, read_checkpoint
+from callbacks.monitors import FillRate, FiniteLoss
 from callbacks.pictures import AugmentedBatch
 from callbacks.seeding import StepSeed
+from callbacks.throughput import Throughput
 from datamodules.check import main as check_data
 from experiments.checkpoints import export, inspect
 from experiments.compare import compare
 from experiments.jaccard import jaccard
 from experiments.judge import fewshot, knn
 from experiments.look import look
+from experiments.plan import plan
 from experiments.resolutions import resolutions
-from experiments.start import take_weights
+from experiments.start import CONFIG, take, take_weights
 from experiments.sweep import RESULT, sweep
+from modules.backbones import Backbone
+from modules.sharding import recompute
 
 EXPERIMENTS = Path(__file__).parent
 BASE = EXPERIMENTS / "base.yaml"
@@ -69,6 +75,7 @@ VERBS = {
     "fewshot": fewshot,
     "jaccard": jaccard,
     "compare": compare,
+    "plan": plan,
 }
 LIBRARIES = (
     *("patchlight", "torch", "torchvision", "lightning", "timm", "einops", "numpy", "pillow"),
@@ -131,11 +138,12 @@ class PatchlightCLI(LightningCLI):
     """LightningCLI with our callbacks, run directories and checkpoints.
 
     Args:
-        resume: run directory to go on in, or None for a new run.
+        run: its directory; None for a new one.
+        is_resumed: the run was begun there before.
     """
 
-    def __init__(self, resume: Path | None = None) -> None:
-        self.resume = resume
+    def __init__(self, run: Path | None = None, is_resumed: bool = False) -> None:
+        self.run, self.is_resumed = run, is_resumed
         base = {"default_config_files": [str(BASE)]}
         super().__init__(
             model_class=LightningModule,
@@ -143,7 +151,7 @@ class PatchlightCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=RunRecord,
-            save_config_kwargs={"resumed": resume is not None},
+            save_config_kwargs={"resumed": is_resumed},
             auto_configure_optimizers=False,
             parser_kwargs={"fit": {**base}, "validate": {**base}},
         )
@@ -159,6 +167,21 @@ class PatchlightCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.add_argument("--runs", default="runs", help="directory that holds all runs")
+        parser.add_argument(
+            *("--compile",), type=bool, default=False, help="compile backbones with torch.compile"
+        )
+        parser.add_argument(
+            *("--recompute",),
+            type=bool,
+            default=False,
+            help="compute blocks again for the backward pass: less memory, more time",
+        )
+
+    def before_instantiate_classes(self) -> None:
+        # On a GPU that has bfloat16 the usual precision, unless one is named.
+        trainer = self._get(self.config, "trainer")
+        if trainer.precision is None and trainer.accelerator in ("auto", "gpu", "cuda"):
+            trainer.precision = "bf16-mixed" if has_bfloat16() else None
 
     def _parse_ckpt_path(self) -> None:
         # LightningCLI would let the checkpoint override the config; here the config decides.
@@ -185,18 +208,24 @@ class PatchlightCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def logger(self) -> TensorBoardLogger:
-        if self.resume is None:
+        if self.run is None:
             runs = self._get(self.config, "runs")
             name = recipe_name(self._get(self.config, "config"))
             return TensorBoardLogger(runs, name, default_hp_metric=False)
         # What was logged after the checkpoint will be logged again: drop the first version of it.
-        last = self.resume / "checkpoints" / "last.ckpt"
-        step = read_checkpoint(last)["global_step"] if last.is_file() else 0
+        step = stopped_at(self.run / "checkpoints") if self.is_resumed else 0
         return TensorBoardLogger(
-            self.resume.parent, "", self.resume.name, default_hp_metric=False, purge_step=step
+            self.run.parent, "", self.run.name, default_hp_metric=False, purge_step=step
         )
 
+    def before_fit(self) -> None:
+        if self._get(self.config, "recompute"):
+            recompute(self.model)
+        if self._get(self.config, "compile"):
+            compile_backbones(self.model)
+
     def before_validate(self) -> None:
+        self.before_fit()
         if self._get(self.config, "ckpt_path") is None:
             raise ValueError(
                 "validate needs the weights to evaluate: --ckpt_path RUN/checkpoints/best.ckpt"
@@ -251,30 +280,71 @@ def announce_end(trainer: Trainer) -> None:
     print_once(" | ".join([*parts, f"run in {run}", f"look: tensorboard --logdir {root}"]))
 
 
-def take_resume(arguments: list[str]) -> tuple[list[str], Path | None]:
+def take_run(arguments: list[str]) -> tuple[list[str], Path | None, bool]:
     """Turn `fit --resume RUN` into the run's config and its last checkpoint.
 
+    `--run RUN` is the same where RUN has a checkpoint, so that a job that is started again goes
+    on; else the run begins there, as its recipe says.
+
+    Returns:
+        The arguments, the run's directory if one was named, and whether it was begun before.
+
     Raises:
-        ValueError: RUN is no run directory.
+        ValueError: RUN is no run directory, or both options.
     """
-    for i, argument in enumerate(arguments):
-        name, _, value = argument.partition("=")
-        if name == "--resume":
-            rest = arguments[i + 1 :]
-            if not value:
-                if not rest:
-                    raise ValueError("--resume needs a run directory, such as runs/NAME/version_0")
-                value, *rest = rest
-            run = Path(value)
-            if not (run / "config.yaml").is_file():
-                raise ValueError(f"--resume {run}: no config.yaml there; expected a run directory")
-            before, last = arguments[1:i], run / "checkpoints" / "last.ckpt"
-            found = ["--ckpt_path", str(last)] if last.is_file() else []
-            if not found:
-                print_once(f"{run} has no checkpoint yet; starting it again from the beginning")
-            config = ["--config", str(run / "config.yaml")]
-            return [arguments[0], *config, *before, *rest, *found], run
-    return arguments, None
+    verb, *rest = arguments
+    rest, resumed = take(rest, "--resume")
+    rest, fixed = take(rest, "--run")
+    if not resumed and not fixed:
+        return arguments, None, False
+    if resumed and fixed:
+        raise ValueError("--resume goes on with a run and --run may begin one; give one of them")
+    run = Path((resumed or fixed)[-1])
+    last = run / "checkpoints" / LAST
+    if fixed:
+        if not last.is_file():
+            return [verb, *rest], run, False
+        rest, _ = take(rest, *CONFIG)  # those of the run's beginning are in its own
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"--resume {run}: no config.yaml there; expected a run directory")
+    found = ["--ckpt_path", str(last)] if last.is_file() else []
+    if not found:
+        print_once(f"{run} has no checkpoint yet; starting it again from the beginning")
+    return [verb, "--config", str(run / "config.yaml"), *rest, *found], run, True
+
+
+def has_bfloat16() -> bool:
+    """Whether there is a GPU that computes in bfloat16."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def compile_backbones(method: LightningModule) -> None:
+    """In place, so that names in checkpoints stay as they are."""
+    for module in method.modules():
+        if isinstance(module, Backbone):
+            module.compile()
+
+
+def stopped_at(checkpoints: Path) -> int:
+    """The optimizer step from which a run goes on.
+
+    Raises:
+        ValueError: its last checkpoint is damaged; the message offers the one before.
+    """
+    last, before = checkpoints / LAST, checkpoints / BEFORE
+    if not last.is_file():
+        return 0
+    try:
+        return int(read_checkpoint(last)["global_step"])
+    except ValueError as error:
+        try:
+            step = read_checkpoint(before)["global_step"]
+        except (ValueError, FileNotFoundError):
+            raise error from None
+        raise ValueError(
+            f"{error}. The one before it, of step {step}, is sound: `mv {before} {last}`, and "
+            f"resume again"
+        ) from error
 
 
 def quiet() -> None:
@@ -320,12 +390,12 @@ def main() -> int:
     try:
         if arguments[0] in VERBS:
             return VERBS[arguments[0]](arguments[1:])
-        resume: Path | None = None
+        run, is_resumed = None, False
         if arguments[0] == "fit":
-            arguments, resume = take_resume(take_weights(arguments))
+            arguments, run, is_resumed = take_run(take_weights(arguments))
             # Lightning starts further processes with the same command line.
             sys.argv[1:] = arguments
-        PatchlightCLI(resume)
+        PatchlightCLI(run, is_resumed)
     except SIGTERMException:
         print_once("stopped by SIGTERM; `patchlight fit --resume RUN` goes on from its last.ckpt")
         return STOPPED

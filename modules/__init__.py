@@ -8,7 +8,7 @@
 
 and what they share: `optim`, `lars`, `schedules`, `losses`, `dino_loss`, `ibot`, `masking`,
 `checks`, `networks`, `distillation`, `weights`, `backbones`, and, to look inside, `analysis`,
-`drawing` and `reconstruction`.
+`drawing` and `reconstruction`. `sharding` spreads a network over devices.
 """
 
 from jsonargparse import set_parsing_settings

@@ -43,7 +43,7 @@ from modules.dino_loss import Center, Targets, diagnose, koleo, sinkhorn_targets
 from modules.dino_network import Head, Network, Seen
 from modules.drawing import pictures_of
 from modules.ibot import Hidden, MaskedPatches, PatchLoss, hide
-from modules.networks import embed, fit_data, teaching
+from modules.networks import embed, fit_data, starts, teaching
 from modules.optim import Optimization
 from modules.schedules import dino_cosine, warmup_cosine
 from modules.weights import load_backbone
@@ -168,9 +168,7 @@ class DINO(LightningModule):
     def setup(self, stage: str) -> None:
         check_precision(self.trainer)  # an average in half precision would not move
         fit_data(getattr(self.trainer, "datamodule", None), self.student.backbone)
-
-    def on_fit_start(self) -> None:
-        if self.weights is not None and self.trainer.ckpt_path is None:  # a run that starts
+        if self.weights is not None and starts(self.trainer):
             given = (self.weights, self.weights_part, self.weights_drop)
             rank_zero_info(str(load_backbone(self.student.backbone, *given)))
             self.teacher.load_state_dict(self.student.state_dict())

@@ -19,11 +19,24 @@ class HasBackbone(Protocol):
     @property
     def backbone(self) -> Backbone: ...
 
+    def embed(self, images: Images) -> Float[Tensor, "b d"]: ...
+
 
 class AroundBackbone(nn.Module):
-    """A network whose parameters are a backbone's and others that come after its last block."""
+    """A network whose parameters are a backbone's and others that come after its last block.
+
+    Attributes:
+        entries: methods beside `forward` by which others read it. Where weights are spread over
+            devices, these gather them; what is called on its parts does not.
+    """
 
     backbone: Backbone
+    entries: tuple[str, ...] = ("embed",)
+
+    def embed(self, images: Images) -> Float[Tensor, "b d"]:
+        """One vector an image."""
+        pooled: Tensor = self.backbone(images).pooled
+        return pooled
 
     @property
     def num_layers(self) -> int:
@@ -41,6 +54,11 @@ def fit_data(data: Any, backbone: Backbone) -> None:
         data.fit_to(Needs.of(backbone))
 
 
+def starts(trainer: Any) -> bool:
+    """Whether this is a run that begins, with first values or with weights it was given."""
+    return trainer.state.fn == "fit" and trainer.ckpt_path is None
+
+
 def embed(
     networks: Mapping[str, HasBackbone], images: Images, name: str | None
 ) -> Float[Tensor, "b d"]:
@@ -52,8 +70,7 @@ def embed(
     name = next(iter(networks)) if name is None else name
     if name not in networks:
         raise ValueError(f"there is no network {name!r}; there is {', '.join(networks)}")
-    pooled: Tensor = networks[name].backbone(images).pooled
-    return pooled
+    return networks[name].embed(images)
 
 
 def teaching(teacher: nn.Module) -> None:

@@ -17,7 +17,9 @@ from rich.console import Console
 from rich.table import Table
 from timm.optim.lamb import Lamb
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from callbacks.ema import own_part
 from modules.lars import LARS
 from modules.schedules import dino_cosine, warmup_cosine, warmup_linear, warmup_rsqrt
 
@@ -310,11 +312,18 @@ def learning_rate(how: Optimization, trainer: Trainer) -> LearningRate:
             f"the warm-up{of} is {warmup} steps, but the run has {total}: the learning rate only "
             f"rises"
         )
-    scale = 1.0 if how.reference_batch is None else global_batch(trainer) / how.reference_batch
-    peak = how.base_lr * (math.sqrt(scale) if how.scaling == "sqrt" else scale)
+    highest = peak(how, 0.0 if how.reference_batch is None else global_batch(trainer))
     warmup = min(warmup, total)
     cooldown = min(how.cooldown_steps, total)
-    return LearningRate(peak, how.min_lr, warmup, total, how.warmup_lr, how.schedule, cooldown)
+    return LearningRate(highest, how.min_lr, warmup, total, how.warmup_lr, how.schedule, cooldown)
+
+
+def peak(how: Optimization, images: float) -> float:
+    """The learning rate at the end of the warm-up, for a global batch of so many images."""
+    if how.reference_batch is None:
+        return how.base_lr
+    scale = images / how.reference_batch
+    return how.base_lr * (math.sqrt(scale) if how.scaling == "sqrt" else scale)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -354,6 +363,12 @@ def clip(how: Optimization, parameters: Iterable[Tensor]) -> None:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return
-    factors = how.clip_norm / (torch.stack(torch._foreach_norm(gradients)) + 1e-6)
-    for gradient, factor in zip(gradients, factors.clamp(max=1.0), strict=True):
-        gradient.mul_(factor)
+    parts = [own_part(gradient) for gradient in gradients]
+    norms = torch.stack(torch._foreach_norm(parts))
+    if isinstance(gradients[0], DTensor):  # Pythagoras over devices, of all tensors at once
+        norms = norms.square()
+        torch.distributed.all_reduce(norms, group=gradients[0].device_mesh.get_group())
+        norms = norms.sqrt()
+    factors = how.clip_norm / (norms + 1e-6)
+    for part, factor in zip(parts, factors.clamp(max=1.0), strict=True):
+        part.mul_(factor)

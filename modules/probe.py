@@ -39,7 +39,7 @@ from modules.backbones.attention import Segments
 from modules.backbones.pooling import mean_patch
 from modules.checks import check_classes, check_precision, check_weights
 from modules.losses import soft_cross_entropy, soft_targets
-from modules.networks import embed, fit_data
+from modules.networks import embed, fit_data, starts
 from modules.optim import Optimization
 from modules.weights import load_backbone
 
@@ -71,6 +71,11 @@ class Heads(nn.Module):
             assert isinstance(head, nn.Linear)
             head.weight.data.copy_(weight)
             nn.init.zeros_(head.bias)
+
+    def embed(self, images: Images) -> Float[Tensor, "b d"]:
+        """One vector an image."""
+        pooled: Tensor = self.backbone(images).pooled
+        return pooled
 
     def train(self, mode: bool = True) -> "Heads":
         super().train(mode)
@@ -170,9 +175,7 @@ class LinearProbe(LightningModule):
         check_classes(data, self.num_classes)
         check_precision(self.trainer)
         fit_data(data, self.probe.backbone)
-
-    def on_fit_start(self) -> None:
-        if self.trainer.ckpt_path is not None:  # a run that goes on has its backbone
+        if not starts(self.trainer):  # a run that goes on has its backbone
             return
         if self.weights is None:
             rank_zero_warn("weights is null: first values are probed, a random network")

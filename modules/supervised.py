@@ -38,7 +38,7 @@ from modules.checks import check_classes, check_precision, check_weights
 from modules.distillation import Distillation, Teacher, distill
 from modules.drawing import pictures_of
 from modules.losses import LOSSES, loss_per_image, soft_targets
-from modules.networks import AroundBackbone, embed, fit_data
+from modules.networks import AroundBackbone, embed, fit_data, starts
 from modules.optim import Optimization
 from modules.weights import load as load_weights
 from modules.weights import load_backbone
@@ -52,6 +52,8 @@ class Classifier(AroundBackbone):
 
     A backbone that has a distillation token gets a second head, `head_dist`, on that.
     """
+
+    entries = ("embed", "read")
 
     def __init__(
         self,
@@ -73,18 +75,16 @@ class Classifier(AroundBackbone):
             else:
                 nn.init.zeros_(head.weight)
 
-    def heads(self, images: Images) -> tuple[Float[Tensor, "b k"], Float[Tensor, "b k"] | None]:
-        """The logits of the head and, where there is one, of the distillation token's."""
-        return self.read(self.backbone(images))
-
-    def read(self, features: Features) -> tuple[Float[Tensor, "b k"], Float[Tensor, "b k"] | None]:
-        """The same from what the backbone gave."""
-        if self.head_dist is None:
-            return self.head(features.pooled), None
-        return self.head(features.pooled), self.head_dist(features.dist)
+    def read(
+        self, images: Images
+    ) -> tuple[Features, Float[Tensor, "b k"], Float[Tensor, "b k"] | None]:
+        """What the backbone gives, the logits of the head, and of the distillation token's."""
+        features: Features = self.backbone(images)
+        dist = None if self.head_dist is None else self.head_dist(features.dist)
+        return features, self.head(features.pooled), dist
 
     def forward(self, images: Images) -> Float[Tensor, "b k"]:
-        logits, dist = self.heads(images)
+        _, logits, dist = self.read(images)
         return logits if dist is None else (logits + dist) / 2
 
 
@@ -195,6 +195,8 @@ class Supervised(LightningModule):
             )
             if data is not None and hasattr(data, "mean"):
                 self.teacher.check_normalization(data.mean, data.std)
+        if self.weights is not None and starts(self.trainer):
+            self.load()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.teacher is not None:
@@ -204,15 +206,17 @@ class Supervised(LightningModule):
         if self.teacher is not None:
             self.teacher.check_fingerprint(checkpoint.get("teacher"))
 
+    def load(self) -> None:
+        """Take first values from `weights`."""
+        given = (self.weights, self.weights_part, self.weights_drop)
+        if self.weights_scope == "backbone":
+            rank_zero_info(str(load_backbone(self.classifier.backbone, *given)))
+        else:
+            rank_zero_info(str(load_weights(self.classifier, *given)))
+        if self.averaged is not None:
+            self.averaged.load_state_dict(self.classifier.state_dict())
+
     def on_fit_start(self) -> None:
-        if self.weights is not None and self.trainer.ckpt_path is None:  # a run that starts
-            given = (self.weights, self.weights_part, self.weights_drop)
-            if self.weights_scope == "backbone":
-                rank_zero_info(str(load_backbone(self.classifier.backbone, *given)))
-            else:
-                rank_zero_info(str(load_weights(self.classifier, *given)))
-            if self.averaged is not None:
-                self.averaged.load_state_dict(self.classifier.state_dict())
         if self.teacher is not None:
             self.teacher.to(self.classifier.head.weight)
 
@@ -244,8 +248,7 @@ class Supervised(LightningModule):
 
     def training_step(self, batch: ImageBatch | PackedBatch, batch_idx: int) -> dict[str, Tensor]:
         targets = soft_targets(batch, self.num_classes, self.label_smoothing)
-        features = self.classifier.backbone(batch.images)
-        logits, dist = self.classifier.read(features)
+        features, logits, dist = self.classifier.read(batch.images)
         if self.teacher is not None and self.distillation is not None:
             assert dist is not None
             assert isinstance(batch.images, Tensor)  # `setup` saw to it

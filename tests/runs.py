@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 TIMEOUT = 300  # seconds a command may take
 ROOT = Path(__file__).parent.parent
@@ -94,6 +95,15 @@ def only_run(directory: Path) -> Path:
 def last_checkpoint(run: Path) -> dict[str, Any]:
     loaded: dict[str, Any] = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     return loaded
+
+
+def logged_losses(run: Path) -> dict[int, float]:
+    """train/loss by step, as TensorBoard reads it."""
+    events = EventAccumulator(str(run))
+    events.Reload()
+    scalars = [(e.step, e.value) for e in events.Scalars("train/loss")]
+    assert len(scalars) == len(dict(scalars))
+    return dict(scalars)
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:

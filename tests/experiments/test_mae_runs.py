@@ -1,6 +1,5 @@
 """MAE by the command: killed and resumed, on two processes, looked at and fine-tuned."""
 
-import signal
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ from PIL import Image
 from experiments.look import look
 from modules import LinearProbe, Supervised
 from tests.experiments.test_recipes import fit
-from tests.experiments.test_resume import logged_losses, losses_on_one_and_two, same_end
+from tests.experiments.test_resume import losses_on_one_and_two
 from tests.runs import EXPERIMENTS, differences, last_checkpoint, only_run, patchlight
 
 # Two epochs of four steps.
@@ -32,20 +31,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = patchlight("fit", *RUN, drop, cwd=directory)
     assert done.returncode == 0, done.stderr
     return only_run(directory)
-
-
-@pytest.mark.slow
-def test_a_killed_run_resumes_bit_by_bit(tmp_path: Path, whole: Path) -> None:
-    drop = "--model.init_args.backbone.init_args.drop_path=0.3"
-    workers = "--data.init_args.num_workers=1"
-    killed = patchlight("fit", *RUN, drop, workers, cwd=tmp_path, kill_at=3)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    run = only_run(tmp_path)
-    assert last_checkpoint(run)["global_step"] == 3
-    done = patchlight("fit", "--resume", str(run), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert same_end(run, whole) == []
-    assert logged_losses(run) == logged_losses(whole)
 
 
 @pytest.mark.slow

@@ -1,8 +1,6 @@
 """Runs on packs: killed and resumed, on two devices, evaluated at several sizes."""
 
 import json
-import random
-import signal
 from pathlib import Path
 
 import pytest
@@ -10,8 +8,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from experiments.resolutions import parse_sides
-from tests.experiments.test_resume import logged_losses, same_end
-from tests.runs import EXPERIMENTS, TINY, last_checkpoint, only_run, patchlight
+from tests.runs import EXPERIMENTS, TINY, logged_losses, only_run, patchlight
 
 # Three epochs of a few steps, with everything random switched on.
 PACKED = [
@@ -35,27 +32,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = patchlight("fit", *PACKED, cwd=directory)
     assert done.returncode == 0, done.stderr
     return only_run(directory)
-
-
-@pytest.mark.slow
-def test_a_killed_run_on_packs_ends_bit_by_bit_like_one_that_was_not(
-    tmp_path: Path, whole: Path
-) -> None:
-    total = last_checkpoint(whole)["global_step"]
-    assert total >= 12
-    workers = "--data.init_args.num_workers=2"
-    first, second = sorted(random.Random().sample(range(1, total), 2))
-    killed = patchlight("fit", *PACKED, workers, cwd=tmp_path, kill_at=first)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    run = only_run(tmp_path)
-    patchlight("fit", "--resume", str(run), cwd=tmp_path, kill_at=second)
-    assert last_checkpoint(run)["global_step"] == second
-    done = patchlight("fit", "--resume", str(run), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    ends = [last_checkpoint(r)["PackedDataModule"].pop("starts") for r in (run, whole)]
-    assert ends[0][:3] == ends[1][:3]
-    assert same_end(run, whole) == [], f"killed at {first} and {second}"
-    assert logged_losses(run) == logged_losses(whole)
 
 
 @pytest.mark.slow

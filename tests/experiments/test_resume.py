@@ -1,14 +1,12 @@
 """A run that was killed anywhere ends bit by bit like one that was not."""
 
-import random
 import signal
 from pathlib import Path
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.datamodules.test_folder import tree
-from tests.runs import TINY, differences, last_checkpoint, only_run, patchlight
+from tests.runs import TINY, differences, last_checkpoint, logged_losses, only_run, patchlight
 
 
 @pytest.fixture(scope="module")
@@ -24,22 +22,6 @@ def same_end(run: Path, other: Path) -> list[str]:
     for end in ends:
         end["loops"] = None  # Lightning counts restarts there
     return differences(*ends)
-
-
-@pytest.mark.slow
-def test_sigkill_at_three_random_steps(tmp_path: Path, uninterrupted: Path) -> None:
-    steps = sorted(random.Random().sample(range(1, 15), 3))
-    killed = patchlight("fit", *TINY, cwd=tmp_path, kill_at=steps[0])
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    run = only_run(tmp_path)
-    for step in steps[1:]:
-        killed = patchlight("fit", "--resume", str(run), cwd=tmp_path, kill_at=step)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
-        assert last_checkpoint(run)["global_step"] == step
-    done = patchlight("fit", "--resume", str(run), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert last_checkpoint(run)["global_step"] == 15
-    assert same_end(run, uninterrupted) == [], f"killed at {steps}"
 
 
 @pytest.mark.slow
@@ -121,23 +103,16 @@ def test_a_killed_run_with_workers_resumes_exactly(tmp_path: Path, uninterrupted
     assert logged_losses(run) == logged_losses(uninterrupted)  # and the curve has no double step
 
 
-def logged_losses(run: Path) -> dict[int, float]:
-    """train/loss by step, as TensorBoard reads it."""
-    events = EventAccumulator(str(run))
-    events.Reload()
-    scalars = [(e.step, e.value) for e in events.Scalars("train/loss")]
-    assert len(scalars) == len(dict(scalars))
-    return dict(scalars)
-
-
-def losses_on_one_and_two(directory: Path, *arguments: str) -> list[dict[int, float]]:
+def losses_on_one_and_two(
+    directory: Path, *arguments: str, strategy: str = "ddp"
+) -> list[dict[int, float]]:
     """The losses of a run with batches of 4 on one process, and on two with 2 each."""
     found = []
     for devices in (1, 2):
         place = directory / str(devices)
         place.mkdir()
         share = [f"--trainer.devices={devices}", f"--data.init_args.batch_size={4 // devices}"]
-        share += ["--trainer.strategy=ddp"] * (devices == 2)
+        share += [f"--trainer.strategy={strategy}"] * (devices == 2)
         done = patchlight("fit", *arguments, *share, cwd=place)
         assert done.returncode == 0, done.stderr
         found.append(logged_losses(only_run(place)))

@@ -80,7 +80,7 @@ class Spy(Callback):
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
         module.classifier.eval()  # neither dropout nor drop path: the step can be repeated
         with torch.no_grad():
-            logits, dist = module.classifier.heads(batch.images)
+            logits, dist = module.classifier.read(batch.images)[1:]
             targets = soft_targets(batch, 10, 0.1)
             base = loss_per_image("softmax", logits, targets).mean()
             answers = self.expected(batch.images)

@@ -1,0 +1,253 @@
+"""`patchlight plan`: what a recipe would do on so many devices, without starting it.
+
+    patchlight plan --config RECIPE [--devices 1,8,64] [--images N] [fit options]
+    patchlight plan --config RECIPE --shards 8 [--epoch 3] [--images N] [fit options]
+
+For every number of devices: the global batch, the peak learning rate by the recipe's rule, the
+steps of an epoch and of the run, and what the memory of a device has to hold. `--shards` shows
+which images each of so many devices takes in an epoch. `--images` says how many the training set
+has, where it is not at hand.
+"""
+
+import argparse
+import contextlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jsonargparse import ActionConfigFile
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+
+from callbacks.checkpoint import Checkpoint
+from datamodules.multicrop import MultiCropDataModule
+from datamodules.one_size import OneSizeDataModule
+from datamodules.sampling import TrainBatches, run_seed
+from modules.backbones import Backbone
+from modules.optim import Optimization, peak
+
+DEVICES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+GIB = 2**30
+# Bytes that an optimizer keeps of every trained parameter, in float32.
+STATE = {"adamw": 8, "lamb": 8, "sgd": 4, "lars": 4}
+
+
+class Recipe(NamedTuple):
+    """A recipe as far as a plan needs it.
+
+    method:      with the shapes of its weights, and no values
+    data:        the data module, nothing opened
+    accumulate:  micro-batches in an optimizer step
+    max_epochs, max_steps: -1 or None for no such limit
+    is_half:     whether activations are kept in 16 bits
+    """
+
+    method: LightningModule
+    data: OneSizeDataModule
+    accumulate: int
+    max_epochs: int | None
+    max_steps: int
+    is_half: bool
+
+
+class Memory(NamedTuple):
+    """Bytes that a device holds.
+
+    weights:     parameters and buffers of all networks, teachers too
+    training:    gradients, and what the optimizer keeps
+    activations: of one image, kept by the backbone for backward, all its views
+    """
+
+    weights: int
+    training: int
+    activations: float
+
+
+def plan(arguments: Sequence[str]) -> int:
+    """The verb; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="patchlight plan", allow_abbrev=False)
+    parser.add_argument("--devices", default=",".join(map(str, DEVICES)))
+    parser.add_argument("--images", type=int, help="images in the training set")
+    parser.add_argument("--shards", type=int, help="devices whose images are shown")
+    parser.add_argument("--epoch", type=int, default=0, help="which epoch of --shards")
+    given, rest = parser.parse_known_args(list(arguments))
+    devices = [number(text) for text in given.devices.split(",")]
+    console = Console(highlight=False)
+    with torch.device("meta"):
+        recipe = read(rest)
+    images = given.images or len(recipe.data.open("train"))
+    if given.shards is not None:
+        console.print(shards(recipe, images, number(str(given.shards)), given.epoch))
+        return 0
+    memory = memory_of(recipe)
+    console.print(table(recipe, images, devices, memory))
+    console.print(
+        f"{images:,} images. Memory: {memory.weights / GIB:.2f} GiB of weights, "
+        f"{memory.training / GIB:.2f} GiB of gradients and optimizer, and "
+        f"{memory.activations / 2**20:.1f} MiB an image that the backbone keeps for backward "
+        f"({'16' if recipe.is_half else '32'} bits where autocast says so); heads, losses and what "
+        f"the allocator wastes come on top."
+    )
+    return 0
+
+
+def number(text: str) -> int:
+    """
+    Raises:
+        ValueError: no number of devices.
+    """
+    if not text.strip().isdigit() or int(text) < 1:
+        raise ValueError(f"{text!r} is no number of devices; expected such as 1,8,64")
+    return int(text)
+
+
+def read(arguments: Sequence[str]) -> Recipe:
+    """Build what a recipe names; nothing is trained, opened or downloaded.
+
+    Raises:
+        ValueError: packs, whose batches have no fixed number of images.
+    """
+    from experiments.cli import BASE  # which knows this verb
+
+    parser = LightningArgumentParser(default_config_files=[str(BASE)])
+    parser.add_argument("--config", "-c", action=ActionConfigFile)
+    parser.add_argument("--seed_everything", type=int, default=0)
+    parser.add_argument("--runs", default="runs")
+    parser.add_argument("--compile", type=bool, default=False)
+    parser.add_argument("--recompute", type=bool, default=False)
+    parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
+    parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
+    parser.add_class_arguments(Trainer, "trainer", instantiate=False)
+    parser.add_lightning_class_args(Checkpoint, "checkpoint")
+    config = parser.parse_args(list(arguments))
+    trainer = config.trainer
+    # Callbacks and plugins have no part in a plan.
+    trainer.callbacks, trainer.plugins, config.checkpoint.monitor = None, None, None
+    built = parser.instantiate_classes(config)
+    if not isinstance(built.data, OneSizeDataModule):
+        raise ValueError(
+            f"a plan needs batches of a fixed number of images, and {type(built.data).__name__} "
+            f"has none; how many images fill a pack, its run logs as it begins"
+        )
+    return Recipe(
+        method=built.model,
+        data=built.data,
+        accumulate=int(trainer.accumulate_grad_batches or 1),
+        max_epochs=trainer.max_epochs,
+        max_steps=int(trainer.max_steps),
+        is_half=str(trainer.precision or "").startswith(("16", "bf16")),
+    )
+
+
+def table(recipe: Recipe, images: int, devices: Sequence[int], memory: Memory) -> Table:
+    """One row for every number of devices."""
+    per_device = recipe.data.batch_size
+    columns = ("devices", "global batch", "peak rate", "steps/epoch", "steps")
+    rows = Table(*columns, "epochs", "GiB a device", title=type(recipe.method).__name__)
+    optimization = getattr(recipe.method, "optimization", Optimization())
+    gib = (memory.weights + memory.training + memory.activations * per_device) / GIB
+    for count in devices:
+        batch = per_device * count * recipe.accumulate
+        batches = images // (per_device * count)
+        if batches == 0:
+            rows.add_row(str(count), f"{batch:,}", f"more than the {images:,} images", *[""] * 4)
+            continue
+        steps = -(-batches // recipe.accumulate)
+        total, epochs = length(recipe, steps)
+        rows.add_row(
+            *(str(count), f"{batch:,}", f"{peak(optimization, batch):.3g}", f"{steps:,}"),
+            *("no end" if total is None else f"{total:,}", epochs, f"{gib:.1f}"),
+        )
+    return rows
+
+
+def length(recipe: Recipe, steps_an_epoch: int) -> tuple[int | None, str]:
+    """Optimizer steps of the run, None for one without an end, and its epochs in words."""
+    limits = []
+    if recipe.max_epochs is not None and recipe.max_epochs >= 0:
+        limits.append(recipe.max_epochs * steps_an_epoch)
+    if recipe.max_steps >= 0:
+        limits.append(recipe.max_steps)
+    if not limits:
+        return None, ""
+    return min(limits), f"{min(limits) / steps_an_epoch:.4g}"
+
+
+def memory_of(recipe: Recipe) -> Memory:
+    """Of one device under DDP, from shapes alone."""
+    method = recipe.method
+    tensors = [*method.parameters(), *method.buffers()]
+    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    optimizer = getattr(method, "optimization", Optimization()).name
+    return Memory(
+        weights=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        training=trained * (4 + STATE[optimizer]),
+        activations=activations(recipe),
+    )
+
+
+def activations(recipe: Recipe) -> float:
+    """Bytes of one image that its backbone keeps for backward, over all views.
+
+    What two images keep more than one: tables and weights are kept once.
+    """
+    backbones = (m for m in recipe.method.modules() if isinstance(m, Backbone))
+    trained = next((b for b in backbones if any(p.requires_grad for p in b.parameters())), None)
+    if trained is None:
+        return 0.0
+    side = recipe.data.image_size or trained.image_size
+    if side is None:
+        raise ValueError("data.init_args.image_size is null, and the backbone takes any; set it")
+    views = [(1, side)]
+    if isinstance(recipe.data, MultiCropDataModule):
+        views = [(2, side), (recipe.data.num_local, recipe.data.local_size)]
+    kept = []
+    # Unlike those on the meta device, fake tensors of a CPU know autocast.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        trained.to_empty(device="cpu")
+        for images in (1, 2):
+            groups = [
+                torch.zeros(count * images, trained.in_channels, *size)
+                for count, size in views
+                if count
+            ]
+            kept.append(bytes_kept(trained, groups, recipe.is_half))
+    return float(kept[1] - kept[0])
+
+
+def bytes_kept(backbone: Backbone, groups: list[Tensor], is_half: bool) -> int:
+    """Bytes of distinct tensors that a forward pass in training saves for its backward pass."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage.nbytes()
+        return tensor
+
+    backbone.train()
+    half = torch.autocast("cpu", torch.bfloat16) if is_half else contextlib.nullcontext()
+    with saved_tensors_hooks(pack, lambda tensor: tensor), half:
+        out: Any = backbone(groups if len(groups) > 1 else groups[0])
+    del out
+    return sum(storages.values())
+
+
+def shards(recipe: Recipe, images: int, devices: int, epoch: int) -> Table:
+    """Which images each device takes in an epoch: how many, and the first of them."""
+    title = f"epoch {epoch} of {images:,} images on {devices} devices"
+    rows = Table("device", "images", "of which the first", title=title)
+    seed = run_seed()
+    for rank in range(devices):
+        repeats = getattr(recipe.data, "repeats", 1)
+        batches = TrainBatches(
+            *(images, recipe.data.batch_size, seed, rank, devices), repeats=repeats
+        )
+        first = next(batches.batches(epoch, 0))
+        shown = ", ".join(str(sample.item) for sample in first[:8])
+        rows.add_row(str(rank), f"{len(batches) * recipe.data.batch_size:,}", f"{shown}, ...")
+    return rows

@@ -1,0 +1,110 @@
+"""What is said of a run's speed is what happened."""
+
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from callbacks import Throughput, throughput
+from callbacks.throughput import peak_flops, tokens_of
+from datamodules.batch import ImageBatch, MultiCropBatch
+from datamodules.module import Needs, WaitedLoader
+from tests import small
+
+NAMES = ("images_per_s", "tokens_per_s", "data_wait", "memory_gib", "mfu")
+
+
+def curves(directory: Path) -> dict[str, list[float]]:
+    events = EventAccumulator(str(next(directory.rglob("events*")).parent))
+    events.Reload()
+    known = events.Tags()["scalars"]
+    return {
+        name: [event.value for event in events.Scalars(f"train/{name}")]
+        for name in NAMES
+        if f"train/{name}" in known
+    }
+
+
+class Slow(Callback):
+    """Every batch takes so long to load, and every step so long to compute."""
+
+    def __init__(self, load: float, compute: float) -> None:
+        self.load, self.compute = load, compute
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        loader = trainer.train_dataloader
+        collate = loader.collate_fn
+        loader.collate_fn = lambda samples: (time.sleep(self.load), collate(samples))[1]
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        time.sleep(self.compute)
+
+
+def test_rates_and_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = 1e9  # the promise of a device whose FLOPs are known
+    monkeypatch.setattr(throughput, "peak_flops", lambda *_: counted)
+    callback = Throughput()
+    small.trainer(tmp_path, Slow(0.06, 0.02), callback).fit(small.method(), small.data())
+    found = curves(tmp_path)
+    assert set(found) == set(NAMES)
+    for images, tokens in zip(found["images_per_s"], found["tokens_per_s"], strict=True):
+        assert tokens == pytest.approx(images * 5, rel=1e-5)  # 2 x 2 patches and a class token
+        assert images < 8 / 0.08
+    assert all(0.3 < share < 0.95 for share in found["data_wait"])
+    assert all(0.05 < size < 100 for size in found["memory_gib"])
+    assert callback.flops_per_image is not None
+    for images, share in zip(found["images_per_s"], found["mfu"], strict=True):
+        assert share == pytest.approx(images * callback.flops_per_image / counted, rel=1e-4)
+
+
+def test_flops_are_those_of_forward_and_backward(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(throughput, "peak_flops", lambda *_: 1e9)
+    callback = Throughput()
+    module = small.method(backbone=small.Pixels(), ema_decay=None)
+    run = small.trainer(tmp_path, callback)
+    run.fit(module, small.data())
+    head = 256 * 10  # a product forward, and one each for the weight's and the input's gradient
+    assert callback.flops_per_image == 3 * 2 * head
+    # The count is in the checkpoint, so that a resumed run does not compute its first step apart.
+    again = Throughput()
+    again.load_state_dict(callback.state_dict())
+    assert again.flops_per_image == callback.flops_per_image
+
+
+def test_tokens_of_batches() -> None:
+    needs = Needs(8, 1, (32, 32), None, 3, True)
+    nothing: Any = [torch.zeros(2)] * 5
+    views = (torch.zeros(2, 2, 3, 32, 32), torch.zeros(3, 2, 3, 16, 16))
+    assert tokens_of(ImageBatch(torch.zeros(2, 3, 32, 16), *nothing), needs) == 2 * (4 * 2 + 1)
+    assert tokens_of(MultiCropBatch(views, *nothing), needs) == 2 * (2 * 17 + 3 * 5)
+    assert tokens_of(ImageBatch(torch.zeros(2, 3, 32, 16), *nothing), None) == 0
+    assert tokens_of(SimpleNamespace(num_images=3), needs) == 0
+
+
+def test_what_devices_promise(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert peak_flops(torch.device("cpu"), "32-true") is None
+    for name, expected in (("NVIDIA H100 80GB HBM3", 989.4e12), ("NVIDIA H200", 989.4e12)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_, name=name: name)
+        assert peak_flops(torch.device("cuda", 0), "bf16-mixed") == expected
+
+
+def test_a_loader_knows_how_long_it_was_waited_for() -> None:
+    class Late(torch.utils.data.Dataset[int]):
+        def __getitem__(self, item: int) -> int:
+            time.sleep(0.05)
+            return item
+
+        def __len__(self) -> int:
+            return 3
+
+    loader: Any = WaitedLoader(Late(), batch_size=1)
+    for _ in loader:
+        time.sleep(0.2)
+    assert 0.15 <= loader.waited < 0.5

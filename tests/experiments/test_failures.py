@@ -1,0 +1,121 @@
+"""What goes wrong outside: full disks, damaged files, lost processes; a run says so and goes on."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from callbacks import FiniteLoss
+from callbacks.checkpoint import AtomicCheckpointIO, read_checkpoint
+from datamodules.module import WaitedLoader
+from tests import small
+from tests.experiments.test_resume import same_end
+from tests.runs import ROOT, TINY, environment, last_checkpoint, only_run, patchlight
+
+
+def test_a_full_disk_is_reported_and_what_was_saved_stays(tmp_path: Path) -> None:
+    path, io = tmp_path / "last.ckpt", AtomicCheckpointIO()
+    io.save_checkpoint({"weights": torch.ones(10)}, path)
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, limits[1]))  # no file may get longer
+    try:
+        with pytest.raises(ValueError, match=r"last\.ckpt could not be written.*MiB are free"):
+            io.save_checkpoint({"weights": torch.ones(100_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["last.ckpt"]
+
+
+@pytest.mark.slow
+def test_a_truncated_checkpoint_is_refused_and_the_one_before_goes_on(tmp_path: Path) -> None:
+    for place in ("whole", "cut"):
+        (tmp_path / place).mkdir()
+        done = patchlight("fit", *TINY, cwd=tmp_path / place, kill_at=9 if place == "cut" else None)
+    run = only_run(tmp_path / "cut")
+    last, before = (run / "checkpoints" / name for name in ("last.ckpt", "before.ckpt"))
+    assert read_checkpoint(before)["global_step"] == 8
+    with last.open("r+b") as file:
+        file.truncate(last.stat().st_size // 2)
+    done = patchlight("fit", "--resume", str(run), cwd=tmp_path)
+    assert done.returncode == 1
+    assert f"mv {before} {last}" in " ".join(done.stderr.split())
+    assert "step 8" in done.stderr
+    before.replace(last)
+    done = patchlight("fit", "--resume", str(run), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert same_end(run, only_run(tmp_path / "whole")) == []
+
+
+def test_a_loss_that_is_no_number_names_its_step_and_its_images(tmp_path: Path) -> None:
+    class Spoil(small.Pixels):
+        """Gives no number for the batch of step 6."""
+
+        count = 0
+
+        def forward(self, images: Any) -> Any:
+            features = super().forward(images)
+            self.count += self.training
+            bad = self.training and self.count == 7
+            return features._replace(pooled=features.pooled * torch.nan) if bad else features
+
+    seen: list[list[int]] = []
+
+    class Batches(FiniteLoss):
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, i: int):  # type: ignore[no-untyped-def]
+            seen.append(batch.indices.tolist())
+            super().on_train_batch_end(trainer, module, outputs, batch, i)
+
+    checkpoint = small.Checkpoint(every_n_steps=100, monitor=None)
+    run = small.trainer(tmp_path, Batches(), log_every_n_steps=9, checkpoint=checkpoint)
+    module = small.method(backbone=Spoil(), ema_decay=None)
+    with pytest.raises(ValueError, match=r"not a number at step 6; last\.ckpt is older") as error:
+        run.fit(module, small.data())
+    path = Path(run.log_dir or "") / "nonfinite-0.txt"
+    assert str(path) in str(error.value)
+    first, *lines = path.read_text().splitlines()
+    assert first == "# step 6"
+    assert [int(line.split("\t")[0]) for line in lines] == seen[6]
+    assert all(line.split("\t")[1] for line in lines)
+
+
+class Doomed(Dataset[int]):
+    def __getitem__(self, item: int) -> int:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return item
+
+    def __len__(self) -> int:
+        return 4
+
+
+def test_a_killed_loading_process_is_an_error_that_says_so() -> None:
+    loader: Any = WaitedLoader(Doomed(), num_workers=1)
+    with pytest.raises(ValueError, match=r"loads images ended .*num_workers to less than 1"):
+        next(iter(loader))
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_under_torchrun_does_not_end_the_run(tmp_path: Path) -> None:
+    """Both ranks start again with the same command, and `--run` goes on from the checkpoint."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += ["--max-restarts=1", "--standalone", "-m", "tests.mortal", "fit", *TINY]
+    command += ["--run", str(run), "--trainer.devices=2", "--trainer.strategy=ddp"]
+    command += ["--data.init_args.batch_size=2", "--trainer.max_epochs=2"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (run / "killed.txt").read_text() == "rank 1 at step 4, the first time"
+    assert last_checkpoint(run)["global_step"] == 10
+    assert json.loads((run / "result.json").read_text())["step"] == 10

@@ -1,0 +1,120 @@
+"""What `plan` says is what a run does."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from datamodules.sampling import EvalBatches, TrainBatches
+from experiments.plan import bytes_kept, length, memory_of, plan, read
+from modules import optim
+from modules.backbones import ViT
+from tests import small
+from tests.runs import EXPERIMENTS
+
+RECIPE = ["--config", str(EXPERIMENTS / "dino" / "vit_s16.yaml")]
+
+
+def test_the_published_batch_rate_and_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan([*RECIPE, "--images", "1281167", "--devices", "8,16,20100"]) == 0
+    out = capsys.readouterr().out
+    rows = {line.split("│")[1].strip(): line for line in out.splitlines() if line.startswith("│")}
+    # Caron et al. 2021: 1,024 images a step at 0.0005 * 1024 / 256, 100 epochs of 1,251.
+    row = [cell.strip() for cell in rows["16"].split("│")[1:-1]]
+    assert row[:6] == ["16", "1,024", "0.002", "1,251", "125,100", "100"]
+    assert "512" in rows["8"]
+    assert "more than the 1,281,167 images" in " ".join(out.replace("│", " ").split())
+
+
+def test_memory_is_that_of_the_networks() -> None:
+    with torch.device("meta"):
+        recipe = read([*RECIPE, "--trainer.precision=bf16-mixed"])
+    memory = memory_of(recipe)
+    network = 21_665_664 + 5_509_376 + 16_777_216 + 65_536  # METHODS: backbone, head, last layer
+    center = 65_536
+    assert memory.weights == 4 * (2 * network + center)
+    assert memory.training == 12 * (network - 65_536)  # the prototypes' norms are frozen
+    with torch.device("meta"):
+        whole = read([*RECIPE, "--trainer.precision=32-true"])
+    assert 0.4 < memory.activations / memory_of(whole).activations < 0.8
+
+
+def test_what_is_kept_for_backward_is_counted_once() -> None:
+    images = [torch.randn(2, 3, 32, 32)]
+    shallow, deep = (bytes_kept(ViT("mu", 8, 32, depth=d), images, False) for d in (1, 3))
+    linear = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU())
+    x = torch.randn(4, 8, requires_grad=True)
+    # The input, the weight, and the result of ReLU: 4 x 8, 8 x 8 and 4 x 8 numbers.
+    assert bytes_kept(linear, [x], False) == 4 * (32 + 64 + 32)  # type: ignore[arg-type]
+    assert deep > shallow
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_steps_and_rate_are_those_of_the_run(tmp_path: Path, accumulate: int) -> None:
+    run = small.trainer(tmp_path, accumulate_grad_batches=accumulate, limit_train_batches=1.0)
+    how = optim.Optimization(base_lr=0.1, reference_batch=64, warmup_epochs=0.5)
+    module = small.method(optimizer=how)
+    seen = []
+
+    def note() -> None:
+        seen.append(optim.learning_rate(how, run))
+
+    module.on_train_start = note  # type: ignore[method-assign]
+    run.fit_loop.epoch_loop.max_steps = 0
+    data = small.data()
+    with pytest.raises(AttributeError):  # the run ends where it asks for the rate it was not given
+        run.fit(module, data)
+    (rate,) = seen
+    images = len(data.train_source)
+    recipe = read([*RECIPE])._replace(accumulate=accumulate, max_epochs=3, max_steps=-1)
+    steps = -(-(images // 8) // accumulate)
+    assert length(recipe, steps) == (rate.total, "3")
+    assert optim.peak(how, 8 * accumulate) == rate.peak
+
+
+def test_shards_are_those_of_the_sampler(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--images", "1000", "--data.init_args.batch_size", "4", "--shards", "3", "--epoch"]
+    assert plan([*RECIPE, *given, "2"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for rank in range(3):
+        batches = TrainBatches(1000, 4, 0, rank, 3)
+        first = ", ".join(str(sample.item) for sample in next(batches.batches(2, 0)))
+        assert f"│ {rank} │ 332 │ {first}" in out
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    world=st.sampled_from([1, 2, 3, 7, 8, 64, 255, 1024]),
+    batch=st.integers(1, 5),
+    more=st.integers(0, 6000),
+    epoch=st.integers(0, 3),
+)
+def test_shards_are_disjoint_and_leave_nothing_out(
+    world: int, batch: int, more: int, epoch: int
+) -> None:
+    images = world * batch + more
+    taken = [
+        sample.item
+        for rank in range(world)
+        for group in TrainBatches(images, batch, 5, rank, world).batches(epoch, 0)
+        for sample in group
+    ]
+    assert len(taken) == len(set(taken)) == images // (world * batch) * world * batch
+    judged = [
+        sample.item
+        for rank in range(world)
+        for group in EvalBatches(images, batch, rank, world)
+        for sample in group
+        if sample.is_valid
+    ]
+    assert sorted(judged) == list(range(images))
+
+
+def test_packs_and_nonsense_are_refused() -> None:
+    packed = ["--config", str(EXPERIMENTS / "quickstart" / "navit.yaml")]
+    with pytest.raises(ValueError, match="PackedDataModule has none"):
+        plan([*packed, "--images", "100"])
+    with pytest.raises(ValueError, match="'many' is no number of devices"):
+        plan([*RECIPE, "--devices", "1,many"])

@@ -1,0 +1,107 @@
+"""Sharded training equals the whole one; what cannot be sharded says so; blocks computed twice."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from modules import DINO, LinearProbe, Supervised
+from modules.backbones import Timm, ViT
+from modules.optim import Optimization
+from modules.sharding import check, recompute, units
+from tests.experiments.test_dino_runs import RUN as DINO_RUN
+from tests.experiments.test_mae_runs import RUN as MAE_RUN
+from tests.experiments.test_resume import losses_on_one_and_two
+from tests.runs import TINY, differences, last_checkpoint, logged_losses, only_run, patchlight
+
+STILL = [
+    *("--model.init_args.backbone.init_args.dropout=0",),
+    *("--model.init_args.backbone.init_args.drop_path=0", "--trainer.max_epochs=2"),
+]
+MASKED = "--model.init_args.masked_patches={num_prototypes: 32}"
+RUNS = {
+    "supervised": [*TINY, *STILL, "--model.init_args.optimizer.clip_norm=0.5"],
+    "mae": MAE_RUN,
+    "dino": [*DINO_RUN, MASKED],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_two_sharded_devices_follow_one_and_resume(tmp_path: Path, name: str) -> None:
+    one, two = losses_on_one_and_two(tmp_path, *RUNS[name], strategy="sharded")
+    assert len({round(loss, 3) for loss in one.values()}) > 4
+    assert two == pytest.approx(one, abs=1e-5)
+    ends = [last_checkpoint(only_run(tmp_path / place))["state_dict"] for place in ("1", "2")]
+    assert list(ends[0]) == list(ends[1])
+    for key, value in ends[0].items():
+        torch.testing.assert_close(ends[1][key], value, atol=2e-4, rtol=1e-3, msg=key)
+    # Killed, the sharded run goes on bit by bit, and its file is one that others load.
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    arguments = [*RUNS[name], "--trainer.devices=2", "--data.init_args.batch_size=2"]
+    arguments += ["--trainer.strategy=sharded"]
+    patchlight("fit", *arguments, "--trainer.max_steps=3", cwd=killed)
+    run = only_run(killed)
+    assert last_checkpoint(run)["global_step"] == 3
+    resume = ["--resume", str(run), "--trainer.max_steps=-1"]
+    done = patchlight("fit", *resume, cwd=killed)
+    assert done.returncode == 0, done.stderr
+    assert differences(last_checkpoint(run)["state_dict"], ends[1]) == []
+    assert logged_losses(run) == two
+
+
+def test_units_are_blocks() -> None:
+    vit = ViT("mu", 8, 32, depth=3)
+    assert units(vit) == list(vit.blocks)
+    swin = Timm("swin_tiny_patch4_window7_224", image_size=224)
+    assert len(units(swin)) == 12
+    assert units(nn.Linear(2, 2)) == []
+
+
+@pytest.mark.parametrize("groups", [False, True])
+def test_blocks_computed_twice_give_the_same(groups: bool) -> None:
+    crops = [torch.randn(4, 3, 32, 32), torch.randn(6, 3, 16, 16)]
+    images: Any = crops if groups else crops[0]
+    found = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        vit = ViT("mu", 8, 32, depth=3, drop_path=0.5, dropout=0.1)
+        calls = count_calls(vit.blocks[1].mlp)
+        if again:
+            recompute(vit)
+        torch.manual_seed(1)
+        out = vit(images)
+        sum(f.pooled.square().sum() for f in (out if groups else [out])).backward()
+        assert len(calls) == 1 + again
+        found.append({name: p.grad for name, p in vit.named_parameters()})
+    assert differences(*found) == []
+    with pytest.raises(ValueError, match="Linear has no blocks that train"):
+        recompute(nn.Linear(2, 2))
+
+
+def count_calls(module: nn.Module) -> list[int]:
+    calls: list[int] = []
+    module.register_forward_pre_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def test_what_cannot_be_sharded_says_so() -> None:
+    vit = ViT("mu", 8, 32)
+    trainer: Any = SimpleNamespace(callbacks=[])
+    check(Supervised(vit, 10), trainer)
+    check(DINO(vit, num_prototypes=8, hidden_dim=8, bottleneck_dim=4), trainer)
+    with pytest.raises(ValueError, match="LinearProbe cannot be sharded"):
+        check(LinearProbe(vit, 10), trainer)
+    lamb = Optimization(name="lamb")
+    with pytest.raises(ValueError, match=r"optimizer\.name is lamb, which asks for norms"):
+        check(Supervised(vit, 10, lamb), trainer)
+
+    class Pictures:
+        """Of that name."""
+
+    with pytest.raises(ValueError, match=r"callbacks\.Pictures looks into blocks"):
+        check(Supervised(vit, 10), SimpleNamespace(callbacks=[Pictures()]))  # type: ignore[arg-type]
