@@ -106,12 +106,12 @@ class AtomicCheckpointIO(_WrappingCheckpointIO):
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
         path = Path(path)
-        checkpoint = apply_to_collection(checkpoint, Tensor, off_xla)
         if "hyper_parameters" in checkpoint:
             hparams = primitive_hyper_parameters(checkpoint["hyper_parameters"])
             checkpoint = {**checkpoint, "hyper_parameters": hparams}
         if (found := not_primitive(checkpoint)) is not None:
             raise ValueError(f"{found}; a checkpoint holds tensors and primitives only")
+        checkpoint = apply_to_collection(checkpoint, Tensor, off_xla)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:

@@ -27,7 +27,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from callbacks.checkpoint import Checkpoint
 from datamodules.multicrop import MultiCropDataModule
 from datamodules.one_size import OneSizeDataModule
-from datamodules.sampling import TrainBatches, run_seed
+from datamodules.sampling import TrainBatches
 from modules.backbones import Backbone
 from modules.optim import Optimization, peak
 
@@ -45,6 +45,7 @@ class Recipe(NamedTuple):
     accumulate:  micro-batches in an optimizer step
     max_epochs, max_steps: -1 or None for no such limit
     is_half:     whether activations are kept in 16 bits
+    seed:        of the run
     """
 
     method: LightningModule
@@ -53,6 +54,7 @@ class Recipe(NamedTuple):
     max_epochs: int | None
     max_steps: int
     is_half: bool
+    seed: int
 
 
 class Memory(NamedTuple):
@@ -128,7 +130,7 @@ def read(arguments: Sequence[str]) -> Recipe:
     trainer = config.trainer
     # Callbacks and plugins have no part in a plan.
     trainer.callbacks, trainer.plugins, config.checkpoint.monitor = None, None, None
-    built = parser.instantiate_classes(config)
+    built = parser.instantiate(config)
     if not isinstance(built.data, OneSizeDataModule):
         raise ValueError(
             f"a plan needs batches of a fixed number of images, and {type(built.data).__name__} "
@@ -141,6 +143,7 @@ def read(arguments: Sequence[str]) -> Recipe:
         max_epochs=trainer.max_epochs,
         max_steps=int(trainer.max_steps),
         is_half=str(trainer.precision or "").startswith(("16", "bf16")),
+        seed=int(config.seed_everything or 0),
     )
 
 
@@ -241,11 +244,10 @@ def shards(recipe: Recipe, images: int, devices: int, epoch: int) -> Table:
     """Which images each device takes in an epoch: how many, and the first of them."""
     title = f"epoch {epoch} of {images:,} images on {devices} devices"
     rows = Table("device", "images", "of which the first", title=title)
-    seed = run_seed()
     for rank in range(devices):
         repeats = getattr(recipe.data, "repeats", 1)
         batches = TrainBatches(
-            *(images, recipe.data.batch_size, seed, rank, devices), repeats=repeats
+            *(images, recipe.data.batch_size, recipe.seed, rank, devices), repeats=repeats
         )
         first = next(batches.batches(epoch, 0))
         shown = ", ".join(str(sample.item) for sample in first[:8])

@@ -100,7 +100,7 @@ def test_what_a_run_writes_is_primitive_and_complete(tmp_path: Path) -> None:
     module, trainer = small.method(), small.trainer(tmp_path)
     trainer.fit(module, small.data())
     directory = Path(trainer.log_dir or "") / "checkpoints"
-    assert sorted(os.listdir(directory)) == ["best.ckpt", "last.ckpt"]
+    assert sorted(os.listdir(directory)) == ["before.ckpt", "best.ckpt", "last.ckpt"]
     last = read_checkpoint(directory / "last.ckpt")
     assert differences(last["state_dict"], dict(module.state_dict())) == []
     assert last["hyper_parameters"]["num_classes"] == 10

@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from callbacks import Throughput, throughput
 from callbacks.throughput import peak_flops, tokens_of
+from datamodules import module as data_module
 from datamodules.batch import ImageBatch, MultiCropBatch
 from datamodules.module import Needs, WaitedLoader
 from tests import small
@@ -30,36 +31,54 @@ def curves(directory: Path) -> dict[str, list[float]]:
     }
 
 
-class Slow(Callback):
-    """Every batch takes so long to load, and every step so long to compute."""
+class Clock(Callback):
+    """A clock by which every batch takes 3 s to load and every step 1 s to compute."""
 
-    def __init__(self, load: float, compute: float) -> None:
-        self.load, self.compute = load, compute
+    def __init__(self) -> None:
+        self.now = 0.0
 
-    def on_train_start(self, trainer: Any, module: Any) -> None:
-        loader = trainer.train_dataloader
-        collate = loader.collate_fn
-        loader.collate_fn = lambda samples: (time.sleep(self.load), collate(samples))[1]
+    def perf_counter(self) -> float:
+        return self.now
+
+    def data(self) -> Any:
+        data = small.data()
+        ordinary = data.train_dataloader
+
+        def train_dataloader() -> Any:
+            loader = ordinary()
+            collate = loader.collate_fn
+
+            def load(samples: Any) -> Any:
+                self.now += 3.0
+                return collate(samples)
+
+            loader.collate_fn = load
+            return loader
+
+        data.train_dataloader = train_dataloader  # type: ignore[method-assign]
+        return data
 
     def on_train_batch_start(self, *_: Any) -> None:
-        time.sleep(self.compute)
+        self.now += 1.0
 
 
 def test_rates_and_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    counted = 1e9  # the promise of a device whose FLOPs are known
-    monkeypatch.setattr(throughput, "peak_flops", lambda *_: counted)
-    callback = Throughput()
-    small.trainer(tmp_path, Slow(0.06, 0.02), callback).fit(small.method(), small.data())
+    promised = 1e9  # by a device whose FLOPs are known
+    clock, callback = Clock(), Throughput()
+    monkeypatch.setattr(throughput, "peak_flops", lambda *_: promised)
+    for module in (throughput, data_module):
+        monkeypatch.setattr(module, "time", clock)
+    small.trainer(tmp_path, clock, callback).fit(small.method(), clock.data())
     found = curves(tmp_path)
     assert set(found) == set(NAMES)
-    for images, tokens in zip(found["images_per_s"], found["tokens_per_s"], strict=True):
-        assert tokens == pytest.approx(images * 5, rel=1e-5)  # 2 x 2 patches and a class token
-        assert images < 8 / 0.08
-    assert all(0.3 < share < 0.95 for share in found["data_wait"])
+    assert len(found["images_per_s"]) == 12  # the first step of an epoch starts the clock
+    assert found["images_per_s"] == pytest.approx([8 / 4] * 12)
+    assert found["tokens_per_s"] == pytest.approx([8 * 5 / 4] * 12)  # 2 x 2 patches and a class
+    assert found["data_wait"] == pytest.approx([3 / 4] * 12)
     assert all(0.05 < size < 100 for size in found["memory_gib"])
     assert callback.flops_per_image is not None
-    for images, share in zip(found["images_per_s"], found["mfu"], strict=True):
-        assert share == pytest.approx(images * callback.flops_per_image / counted, rel=1e-4)
+    share = 2 * callback.flops_per_image / promised
+    assert found["mfu"] == pytest.approx([share] * 12, rel=1e-4)
 
 
 def test_flops_are_those_of_forward_and_backward(

@@ -1,11 +1,12 @@
 """Sharded training equals the whole one; what cannot be sharded says so; blocks computed twice."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from torch import nn
 
 from modules import DINO, LinearProbe, Supervised
@@ -91,7 +92,7 @@ def count_calls(module: nn.Module) -> list[int]:
 
 def test_what_cannot_be_sharded_says_so() -> None:
     vit = ViT("mu", 8, 32)
-    trainer: Any = SimpleNamespace(callbacks=[])
+    trainer = Mock(spec=Trainer, callbacks=[])
     check(Supervised(vit, 10), trainer)
     check(DINO(vit, num_prototypes=8, hidden_dim=8, bottleneck_dim=4), trainer)
     with pytest.raises(ValueError, match="LinearProbe cannot be sharded"):
@@ -104,4 +105,4 @@ def test_what_cannot_be_sharded_says_so() -> None:
         """Of that name."""
 
     with pytest.raises(ValueError, match=r"callbacks\.Pictures looks into blocks"):
-        check(Supervised(vit, 10), SimpleNamespace(callbacks=[Pictures()]))  # type: ignore[arg-type]
+        check(Supervised(vit, 10), Mock(spec=Trainer, callbacks=[Pictures()]))
