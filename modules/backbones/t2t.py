@@ -66,18 +66,15 @@ class Mixing(nn.Module):
         self.norm1 = nn.LayerNorm(inside)
         self.qkv = nn.Linear(inside, 3 * dim, bias=not is_exact)
         self.proj, self.norm2 = nn.Linear(dim, dim), nn.LayerNorm(dim)
-        self.mlp = MLP(dim, dim, STYLE)
-        self.drop = nn.Dropout(0.0 if is_exact else 0.1)  # published, not an option there
+        self.mlp, self.drop = MLP(dim, dim, STYLE), nn.Dropout(0.0 if is_exact else 0.1)
         if not is_exact:
             w = nn.init.orthogonal_(torch.empty(NUM_FEATURES, dim))
             self.register_buffer("w", w * NUM_FEATURES**0.5)
 
     def forward(self, x: Float[Tensor, "b n e"]) -> Float[Tensor, "b n d"]:
         q, k, v = self.qkv(self.norm1(x)).chunk(3, dim=-1)
-        if hasattr(self, "w"):
-            mixed = self.linear_attention(q, k, v)
-        else:
-            mixed = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        exact, linear = F.scaled_dot_product_attention, self.linear_attention
+        mixed = linear(q, k, v) if hasattr(self, "w") else exact(q, k, v, scale=self.scale)
         x = v + self.drop(self.proj(mixed))
         out: Tensor = x + self.drop(self.mlp(self.norm2(x)))
         return out
@@ -91,7 +88,7 @@ class Mixing(nn.Module):
         return out.to(v.dtype)
 
     def features(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n m"]:
-        return torch.exp(x @ self.w.T - x.square().sum(-1, keepdim=True) / 2) / NUM_FEATURES**0.5
+        return (x @ self.w.T - x.square().sum(-1, keepdim=True) / 2).exp() / NUM_FEATURES**0.5
 
 
 class TokensToToken(nn.Module):
@@ -113,9 +110,7 @@ class TokensToToken(nn.Module):
 
 
 class T2TViT(StemViT):
-    """The Vision Transformer on tokens of tokens, patches of 16 pixels.
-
-    Takes images of any size that patches divide, and lists of groups of one size each; no packs.
+    """The Vision Transformer on tokens of tokens, patches of 16 pixels; takes no packs.
 
     Args:
         variant: from `VARIANTS`: mu (toy), 7, 10, 12, 14, 19, 24, or t_14, t_19, t_24.
@@ -149,7 +144,6 @@ class T2TViT(StemViT):
             num_heads=size.num_heads,
             mlp_dim=size.mlp_ratio * size.embed_dim,
         )
-        assert self.positions is not None
-        (table,) = self.positions.requires_grad_(False).parameters()
+        table = self.positions.requires_grad_(False).table  # type: ignore[union-attr]
         table.data.copy_(sincos1d(*table.shape[1:]))
         self.use_stem(TokensToToken(in_channels, size.embed_dim, size.is_exact), "dino")
