@@ -144,6 +144,6 @@ class T2TViT(StemViT):
             num_heads=size.num_heads,
             mlp_dim=size.mlp_ratio * size.embed_dim,
         )
-        table = self.positions.requires_grad_(False).table  # type: ignore[union-attr]
-        table.data.copy_(sincos1d(*table.shape[1:]))
+        for table in self.positions.requires_grad_(False).parameters():  # type: ignore[union-attr]
+            table.data.copy_(sincos1d(*table.shape[1:]))
         self.use_stem(TokensToToken(in_channels, size.embed_dim, size.is_exact), "dino")
