@@ -41,7 +41,7 @@ class Size(NamedTuple):
 
 
 VARIANTS = {
-    "mu": Size("mu", (1, 1), 1),  # a toy for tests and smoke runs
+    "mu": Size("mu", (1,), 4),  # a toy for tests and smoke runs
     "R+Ti/16": Size("Ti", (), 8),
     "R26+S/32": Size("S", (2, 2, 2, 2), 1),
     "R26+B/32": Size("B", (2, 2, 2, 2), 1),
