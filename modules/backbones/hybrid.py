@@ -161,10 +161,10 @@ class ResNet(nn.Module):
     """Features of the last stage, under timm's names."""
 
     def __init__(
-        self, units: Sequence[int], in_channels: int, eps: Epsilons, checkpointing: bool
+        self, units: Sequence[int], in_channels: int, eps: Epsilons, recompute: bool
     ) -> None:
         super().__init__()
-        self.checkpointing = checkpointing
+        self.recompute = recompute
         self.stem = Root(in_channels, eps)
         widths = [ROOT_DIM * 2**i for i in range(len(units))]
         dims = [ROOT_DIM, *(EXPANSION * width for width in widths)]
@@ -179,7 +179,7 @@ class ResNet(nn.Module):
         for stage in self.stages:
             assert isinstance(stage, Stage)
             for unit in stage.blocks:
-                if self.checkpointing and self.training:
+                if self.recompute and self.training:
                     x = checkpoint(unit, x, use_reentrant=False)
                 else:
                     x = unit(x)
@@ -232,8 +232,8 @@ class Hybrid(StemViT):
         num_heads: attention heads instead of the variant's.
         mlp_dim: hidden width of the MLP; 4 * embed_dim where embed_dim is given, else the
             variant's.
-        checkpointing: units and blocks keep no activations for the backward pass, which computes
-            them again.
+        recompute: keep only the input of every unit and block for the backward pass, and compute
+            them again in it (gradient checkpointing).
         epsilons: those of the ResNet's norms and weights: "timm", or "google", for files of its
             own (`.npz`), whose outputs differ by a thousandth otherwise.
 
@@ -258,14 +258,14 @@ class Hybrid(StemViT):
         embed_dim: int | None = None,
         num_heads: int | None = None,
         mlp_dim: int | None = None,
-        checkpointing: bool = False,
+        recompute: bool = False,
         epsilons: Literal["timm", "google"] = "timm",
     ) -> None:
         if variant not in VARIANTS:
             raise ValueError(f"unknown hybrid {variant!r}; known: {', '.join(VARIANTS)}")
         check_choice("epsilons", epsilons, tuple(EPSILONS))
         size = VARIANTS[variant]
-        resnet = ResNet(size.units, in_channels, EPSILONS[epsilons], checkpointing)
+        resnet = ResNet(size.units, in_channels, EPSILONS[epsilons], recompute)
         super().__init__(
             variant=size.variant,
             patch_size=resnet.stride * size.patch,
@@ -283,7 +283,7 @@ class Hybrid(StemViT):
             embed_dim=embed_dim,
             num_heads=num_heads,
             mlp_dim=mlp_dim,
-            checkpointing=checkpointing,
+            recompute=recompute,
         )
         resnet.draw(fan_in=init == "jax")
         self.units = size.units

@@ -84,11 +84,11 @@ class Mixing(nn.Module):
         with torch.autocast(kind, enabled=False):
             q, k, wide = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
             q, k = self.features(q), self.features(k)
-            out: Tensor = q @ (k.mT @ wide) / (q @ k.sum(dim=1)[:, :, None] + 1e-8)
-        return out.to(v.dtype)
+            return (q @ (k.mT @ wide)).div(q @ k.sum(1)[:, :, None] + 1e-8).to(v.dtype)
 
     def features(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n m"]:
-        return (x @ self.w.T - x.square().sum(-1, keepdim=True) / 2).exp() / NUM_FEATURES**0.5
+        logarithm = x @ self.w.T - x.square().sum(-1, keepdim=True) / 2
+        return torch.exp(logarithm).mul(NUM_FEATURES**-0.5)
 
 
 class TokensToToken(nn.Module):

@@ -160,7 +160,7 @@ def same(x: Tensor, side: int, stride: int, value: float = 0.0) -> Tensor:
 def test_googles_arithmetic_restated() -> None:
     """Weights by their deviation + 1e-5, norms with 1e-6, padding and pooling as TensorFlow's."""
     torch.manual_seed(0)
-    network = drawn(ResNet((2, 1), 3, EPSILONS["google"], checkpointing=False)).double()
+    network = drawn(ResNet((2, 1), 3, EPSILONS["google"], recompute=False)).double()
     images = torch.randn(2, 3, 32, 48, dtype=torch.float64)
 
     def conv(layer: StdConv, x: Tensor, stride: int = 1) -> Tensor:
@@ -183,7 +183,7 @@ def test_googles_arithmetic_restated() -> None:
             y = norm(unit.norm2, conv(unit.conv2, y, stride)).relu()
             x = (norm(unit.norm3, conv(unit.conv3, y)) + past).relu()
     torch.testing.assert_close(network(images), x, atol=1e-9, rtol=1e-9)
-    other = ResNet((2, 1), 3, EPSILONS["timm"], checkpointing=False).double()
+    other = ResNet((2, 1), 3, EPSILONS["timm"], recompute=False).double()
     other.load_state_dict(network.state_dict())
     assert 1e-6 < (other(images) - x).abs().max() < 1e-2
 
@@ -230,16 +230,16 @@ def test_first_values(init: Any) -> None:
     assert proj.weight.std().item() == pytest.approx(plain.weight.std().item(), rel=0.05)
 
 
-def test_checkpointing_changes_no_gradient() -> None:
+def test_recomputing_changes_no_gradient() -> None:
     images, results = torch.randn(2, 3, 16, 16), []
-    for checkpointing in (False, True):
+    for recompute in (False, True):
         torch.manual_seed(0)
-        hybrid = Hybrid("mu", 16, dropout=0.1, drop_path=0.1, checkpointing=checkpointing)
+        hybrid = Hybrid("mu", 16, dropout=0.1, drop_path=0.1, recompute=recompute)
         calls: list[int] = []
         for part in (hybrid.blocks, hybrid.patch_embed.backbone.stages[0].blocks):
             part[0].register_forward_pre_hook(lambda *_, seen=calls: seen.append(1))
         hybrid(images).pooled.square().sum().backward()
-        assert len(calls) == (4 if checkpointing else 2)
+        assert len(calls) == (4 if recompute else 2)
         results.append([p.grad for p in hybrid.parameters()])
     for plain, again in zip(*results, strict=True):
         assert torch.equal(plain, again)
