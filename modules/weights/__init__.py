@@ -9,8 +9,8 @@ A file goes through three steps: it is read without executing anything in it, it
 renamed to ours by the table of the code base that wrote it, position tables are resampled to
 the network's grid. What is then missing or left over is an error unless it is named.
 
-Sources: timm, DeiT, DeiT-III, MAE, DINO (`.pth`, safetensors), Google's vision_transformer and
-big_vision (`.npz`), and checkpoints of this project.
+Sources: timm, DeiT, DeiT-III, MAE, DINO, T2T-ViT (`.pth`, safetensors), Google's
+vision_transformer and big_vision (`.npz`), and checkpoints of this project.
 """
 
 from collections.abc import Mapping, Sequence
