@@ -17,13 +17,21 @@ from typing import Any
 from modules.backbones.any_timm import Timm
 from modules.backbones.attention import Packed
 from modules.backbones.factorised import FactorisedPositions
+from modules.backbones.hybrid import Hybrid
 from modules.backbones.layers import Backbone, BlockStyle, Features
 from modules.backbones.masked import Masked, Visible
 from modules.backbones.navit import NaViT
 from modules.backbones.positions import Positions
+from modules.backbones.t2t import T2TViT
 from modules.backbones.vit import ViT
 
-FAMILIES: dict[str, type[Backbone]] = {"vit": ViT, "navit": NaViT, "timm": Timm}
+FAMILIES: dict[str, type[Backbone]] = {
+    "vit": ViT,
+    "navit": NaViT,
+    "hybrid": Hybrid,
+    "t2t": T2TViT,
+    "timm": Timm,
+}
 
 
 def create(name: str, /, **overrides: Any) -> Backbone:
@@ -54,10 +62,12 @@ __all__ = [
     "BlockStyle",
     "FactorisedPositions",
     "Features",
+    "Hybrid",
     "Masked",
     "NaViT",
     "Packed",
     "Positions",
+    "T2TViT",
     "Timm",
     "ViT",
     "Visible",

@@ -9,8 +9,8 @@ A file goes through three steps: it is read without executing anything in it, it
 renamed to ours by the table of the code base that wrote it, position tables are resampled to
 the network's grid. What is then missing or left over is an error unless it is named.
 
-Sources: timm, DeiT, DeiT-III, MAE, DINO (`.pth`, safetensors), Google's vision_transformer and
-big_vision (`.npz`), and checkpoints of this project.
+Sources: timm, DeiT, DeiT-III, MAE, DINO, T2T-ViT (`.pth`, safetensors), Google's
+vision_transformer and big_vision (`.npz`), and checkpoints of this project.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ import timm
 from timm.layers.mlp import SwiGLUPacked
 from torch import nn
 
-from modules.backbones import Backbone, BlockStyle, Timm, ViT
+from modules.backbones import Backbone, BlockStyle, Hybrid, T2TViT, Timm, ViT, hybrid
 from modules.backbones.any_timm import classifiers
 from modules.backbones.positions import Learned1D
 from modules.weights.files import State, read
@@ -231,15 +231,19 @@ def to_timm(network: nn.Module) -> State:
     of its branch. A timm model with the arguments of `timm_arguments` gives equal outputs.
 
     Raises:
-        ValueError: no ViT, or parts that timm's has not: pre-logits, relative positions,
-            positions at every block, RMS norm of q and k, norms or projections without bias.
+        ValueError: no ViT (a hybrid is one), or parts that timm's has not: pre-logits, relative
+            positions, positions at every block, RMS norm of q and k, norms or projections without
+            bias, tokens of tokens.
     """
     vit = getattr(network, "backbone", network)
     if isinstance(vit, Timm):
         return of_timm(network, vit)
     if not isinstance(vit, ViT):
         raise ValueError(f"{type(vit).__name__} has no counterpart among timm's ViTs")
+    units = vit.units if isinstance(vit, Hybrid) else None
     lacks = {
+        "tokens of tokens": isinstance(vit, T2TViT),
+        f"hybrid of {units} units": units is not None and units not in hybrid.TIMM,
         "pre_logits": vit.pre_logits is not None,
         "probe's heads": hasattr(network, "heads") and not hasattr(network, "head"),
         "registers beside a distillation token": (
@@ -266,6 +270,8 @@ def to_timm(network: nn.Module) -> State:
                 state[f"blocks.{i}.{name}.{leaf}"] = (
                     state[f"blocks.{i}.{name}.{leaf}"] / vit.style.residual_scale
                 )
+    if units == ():  # timm has the root in the place of a network that has it as its stem
+        state = {key.replace("backbone.stem.", "backbone."): t for key, t in state.items()}
     return {key: tensor.contiguous().clone() for key, tensor in state.items()}
 
 
@@ -281,7 +287,7 @@ def of_timm(network: nn.Module, backbone: Timm) -> State:
 def timm_arguments(network: nn.Module) -> dict[str, Any]:
     """Arguments of timm's `VisionTransformer` (`VisionTransformerDistilled`) for `to_timm`.
 
-    Of a `Timm`, those of `timm.create_model`.
+    Of a `Timm` or a `Hybrid`, those of `timm.create_model`.
     """
     vit, head = getattr(network, "backbone", network), getattr(network, "head", None)
     if isinstance(vit, Timm):
@@ -315,4 +321,7 @@ def timm_arguments(network: nn.Module) -> dict[str, Any]:
         arguments |= {"act_layer": "silu", "mlp_layer": SwiGLUPacked}
     if style.norm_eps != BlockStyle.norm_eps:
         arguments["norm_layer"] = partial(nn.LayerNorm, eps=style.norm_eps)
+    if isinstance(vit, Hybrid):
+        patch = vit.patch_embed.proj.kernel_size[0]
+        arguments |= {"model_name": hybrid.TIMM[vit.units], "patch_size": patch}
     return arguments
