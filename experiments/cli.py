@@ -60,7 +60,6 @@ from experiments.resolutions import resolutions
 from experiments.start import CONFIG, take, take_weights
 from experiments.sweep import RESULT, sweep
 from modules.backbones import Backbone
-from modules.sharding import recompute
 
 EXPERIMENTS = Path(__file__).parent
 BASE = EXPERIMENTS / "base.yaml"
@@ -173,12 +172,6 @@ class PatchlightCLI(LightningCLI):
         parser.add_argument(
             *("--compile",), type=bool, default=False, help="compile backbones with torch.compile"
         )
-        parser.add_argument(
-            *("--recompute",),
-            type=bool,
-            default=False,
-            help="compute blocks again for the backward pass: less memory, more time",
-        )
 
     def before_instantiate_classes(self) -> None:
         # On a GPU that has bfloat16 the usual precision, unless one is named.
@@ -222,8 +215,6 @@ class PatchlightCLI(LightningCLI):
         )
 
     def before_fit(self) -> None:
-        if self._get(self.config, "recompute"):
-            recompute(self.model)
         if self._get(self.config, "compile"):
             compile_backbones(self.model)
 

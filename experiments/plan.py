@@ -121,7 +121,6 @@ def read(arguments: Sequence[str]) -> Recipe:
     parser.add_argument("--seed_everything", type=int, default=0)
     parser.add_argument("--runs", default="runs")
     parser.add_argument("--compile", type=bool, default=False)
-    parser.add_argument("--recompute", type=bool, default=False)
     parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
     parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
     parser.add_class_arguments(Trainer, "trainer", instantiate=False)

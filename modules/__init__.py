@@ -8,7 +8,7 @@
 
 and what they share: `optim`, `lars`, `schedules`, `losses`, `dino_loss`, `ibot`, `masking`,
 `checks`, `networks`, `distillation`, `weights`, `backbones`, and, to look inside, `analysis`,
-`drawing` and `reconstruction`. `sharding` spreads a network over devices.
+`drawing` and `reconstruction`. `sharding` registers `trainer.strategy: sharded`.
 """
 
 from jsonargparse import set_parsing_settings
@@ -17,6 +17,7 @@ from modules.dino import DINO
 from modules.mae import MAE
 from modules.moco import MoCo
 from modules.probe import LinearProbe
+from modules.sharding import Sharded  # noqa: F401 - registers its name
 from modules.supervised import Supervised
 
 # A config or a checkpoint may name classes of these packages and no others: whatever else it

@@ -1,4 +1,4 @@
-"""Weights, gradients and optimizer state spread over devices (FSDP2), and blocks computed twice.
+"""Weights, gradients and optimizer state spread over devices (FSDP2).
 
 "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel" (Zhao et al. 2023). Every block
 is gathered when it is needed and let go after it; teachers are spread like students, so that an
@@ -6,7 +6,6 @@ average is taken of each device's own part. Checkpoints are whole, in one file, 
 without sharding.
 """
 
-import functools
 import re
 from typing import Any
 
@@ -14,7 +13,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.utils.checkpoint import checkpoint
 
 from modules.networks import AroundBackbone
 
@@ -29,25 +27,6 @@ def units(network: nn.Module) -> list[nn.Module]:
         for name, module in network.named_modules()
         if UNIT.search(name) and not isinstance(module, nn.ModuleList | nn.Sequential)
     ]
-
-
-def recompute(network: nn.Module) -> None:
-    """Have blocks that train keep their input alone, and compute the rest again in backward.
-
-    "Training Deep Nets with Sublinear Memory Cost" (Chen et al. 2016). Results are the same.
-
-    Raises:
-        ValueError: a network without blocks.
-    """
-    blocks = [b for b in units(network) if any(p.requires_grad for p in b.parameters())]
-    if not blocks:
-        raise ValueError(
-            f"recompute is true, but {type(network).__name__} has no blocks that train; set it to "
-            f"false"
-        )
-    for block in blocks:
-        forward = block.forward
-        block.forward = functools.partial(checkpoint, forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
 class Sharded(ModelParallelStrategy):

@@ -1,7 +1,6 @@
-"""Sharded training equals the whole one; what cannot be sharded says so; blocks computed twice."""
+"""Sharded training equals the whole one; what cannot be sharded says so."""
 
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -12,7 +11,7 @@ from torch import nn
 from modules import DINO, LinearProbe, Supervised
 from modules.backbones import Timm, ViT
 from modules.optim import Optimization
-from modules.sharding import check, recompute, units
+from modules.sharding import check, units
 from tests.experiments.test_dino_runs import RUN as DINO_RUN
 from tests.experiments.test_mae_runs import RUN as MAE_RUN
 from tests.experiments.test_resume import losses_on_one_and_two
@@ -61,33 +60,6 @@ def test_units_are_blocks() -> None:
     swin = Timm("swin_tiny_patch4_window7_224", image_size=224)
     assert len(units(swin)) == 12
     assert units(nn.Linear(2, 2)) == []
-
-
-@pytest.mark.parametrize("groups", [False, True])
-def test_blocks_computed_twice_give_the_same(groups: bool) -> None:
-    crops = [torch.randn(4, 3, 32, 32), torch.randn(6, 3, 16, 16)]
-    images: Any = crops if groups else crops[0]
-    found = []
-    for again in (False, True):
-        torch.manual_seed(0)
-        vit = ViT("mu", 8, 32, depth=3, drop_path=0.5, dropout=0.1)
-        calls = count_calls(vit.blocks[1].mlp)
-        if again:
-            recompute(vit)
-        torch.manual_seed(1)
-        out = vit(images)
-        sum(f.pooled.square().sum() for f in (out if groups else [out])).backward()
-        assert len(calls) == 1 + again
-        found.append({name: p.grad for name, p in vit.named_parameters()})
-    assert differences(*found) == []
-    with pytest.raises(ValueError, match="Linear has no blocks that train"):
-        recompute(nn.Linear(2, 2))
-
-
-def count_calls(module: nn.Module) -> list[int]:
-    calls: list[int] = []
-    module.register_forward_pre_hook(lambda *_: calls.append(1))
-    return calls
 
 
 def test_what_cannot_be_sharded_says_so() -> None:
