@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, overload
 
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -179,12 +178,6 @@ def run_block(
         return block(x, now, *rest)
     out: tuple[Tensor, Order] = checkpoint(block, x, now, *rest, use_reentrant=False)
     return out
-
-
-def per_head(x: Float[Tensor, "w n d3"], num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values, each [w, h, n, e], of their joint projection."""
-    q, k, v = rearrange(x, "w n (three h e) -> three w h n e", three=3, h=num_heads).unbind(0)
-    return q, k, v
 
 
 def choose(name: str, value: str, variants: Iterable[str], **rates: float) -> None:

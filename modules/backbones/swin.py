@@ -41,11 +41,11 @@ from modules.backbones.pyramid import (
     choose,
     deepened,
     first_grid,
-    per_head,
     run_block,
 )
 from modules.backbones.resampling import Grid
 from modules.backbones.vit import check_choice
+from modules.backbones.window_attention import attend_windows, for_all
 from modules.backbones.windows import (
     Merging,
     Order,
@@ -97,20 +97,15 @@ class WindowAttention(nn.Module):
         """Of tokens that lie window by window."""
         batch, _, dim = x.shape
         windows = x.view(batch * order.num_windows, -1, dim)
-        q, k, v, scale = self.project(windows)
         bias = self.bias(order.window)
         mask = window_mask(order, hides_empty, x.device)
-        if mask is not None:
-            bias = (bias + mask).expand(batch, -1, -1, -1, -1).flatten(0, 1)
-        out = attend(q, k, v, bias, scale=scale)
-        joined: Tensor = self.proj(rearrange(out, "w h n e -> w n (h e)"))
-        return joined.view(batch, -1, dim)
+        out: Tensor = self.proj(self.attend(windows, bias if mask is None else bias + mask))
+        return out.view(batch, -1, dim)
 
-    def project(
-        self, windows: Float[Tensor, "w n d"]
-    ) -> tuple[Tensor, Tensor, Tensor, float | None]:
-        """Queries, keys and values, each [w, h, n, e], and the scale of their scores."""
-        return (*per_head(self.qkv(windows), self.num_heads), None)
+    def attend(
+        self, windows: Float[Tensor, "w n d"], bias: Float[Tensor, "groups h n n"]
+    ) -> Float[Tensor, "w n d"]:
+        return attend_windows(self.qkv(windows), bias)
 
     def table(self) -> Float[Tensor, "offsets h"]:
         """The bias of each offset of the largest window."""
@@ -140,14 +135,17 @@ class CosineAttention(WindowAttention):
             nn.Linear(2, 512), nn.ReLU(inplace=True), nn.Linear(512, num_heads, bias=False)
         )
 
-    def project(
-        self, windows: Float[Tensor, "w n d"]
-    ) -> tuple[Tensor, Tensor, Tensor, float | None]:
+    def attend(
+        self, windows: Float[Tensor, "w n d"], bias: Float[Tensor, "groups h n n"]
+    ) -> Float[Tensor, "w n d"]:
         # A bias of the keys would add the same to all scores of a query, were they no cosines.
-        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        q, k, v = per_head(F.linear(windows, self.qkv.weight, bias), self.num_heads)
-        scale = self.logit_scale.clamp(max=math.log(100.0)).exp()
-        return F.normalize(q, dim=-1) * scale, F.normalize(k, dim=-1), v, 1.0
+        own_bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        joint = F.linear(windows, self.qkv.weight, own_bias)
+        q, k, v = rearrange(joint, "w n (three h e) -> three w h n e", three=3, h=self.num_heads)
+        q = F.normalize(q, dim=-1) * self.logit_scale.clamp(max=math.log(100.0)).exp()
+        bias = for_all(bias, len(windows))
+        out = attend(q, F.normalize(k, dim=-1), v, bias, scale=1.0)
+        return rearrange(out, "w h n e -> w n (h e)")
 
     def table(self) -> Float[Tensor, "offsets h"]:
         offsets = log_offsets(self.window, self.pretrained, self.proj.weight.device)
