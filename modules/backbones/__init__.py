@@ -21,9 +21,20 @@ from modules.backbones.layers import Backbone, BlockStyle, Features
 from modules.backbones.masked import Masked, Visible
 from modules.backbones.navit import NaViT
 from modules.backbones.positions import Positions
+from modules.backbones.swin import Swin
+from modules.backbones.twins import TwinsPCPVT, TwinsSVT
+from modules.backbones.twins_compact import TwinsSVTCompact
 from modules.backbones.vit import ViT
 
-FAMILIES: dict[str, type[Backbone]] = {"vit": ViT, "navit": NaViT, "timm": Timm}
+FAMILIES: dict[str, type[Backbone]] = {
+    "vit": ViT,
+    "navit": NaViT,
+    "swin": Swin,
+    "twins_svt": TwinsSVT,
+    "twins_pcpvt": TwinsPCPVT,
+    "twins_svt_compact": TwinsSVTCompact,
+    "timm": Timm,
+}
 
 
 def create(name: str, /, **overrides: Any) -> Backbone:
@@ -58,7 +69,11 @@ __all__ = [
     "NaViT",
     "Packed",
     "Positions",
+    "Swin",
     "Timm",
+    "TwinsPCPVT",
+    "TwinsSVT",
+    "TwinsSVTCompact",
     "ViT",
     "Visible",
     "create",

@@ -41,6 +41,7 @@ class Pyramid(Backbone):
     patch_size = STRIDE
     num_prefix_tokens = 0
     depths: tuple[int, ...]
+    widths: tuple[int, ...]
     norm: nn.Module
 
     def set_up(
@@ -57,7 +58,8 @@ class Pyramid(Backbone):
                 f"image_size is {self.image_size[0]}x{self.image_size[1]}, stages have "
                 f"{', '.join(map(str, depths))} blocks; expected at least 1 of each"
             )
-        self.depths, self.num_layers, self.embed_dim = depths, sum(depths), widths[-1]
+        self.depths, self.widths = depths, widths
+        self.num_layers, self.embed_dim = sum(depths), widths[-1]
 
     def stages(self, images: Float[Tensor, "b c height width"], keep: int) -> "Kept":
         """The tokens after each of the last `keep` blocks, and how they lie."""

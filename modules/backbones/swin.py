@@ -224,7 +224,9 @@ class PatchMerging(nn.Module):
         self, x: Float[Tensor, "b n d"], now: Order, then: Order
     ) -> Float[Tensor, "b m twice"]:
         x = merge(x, now, then, MERGING)
-        out: Tensor = self.reduction(self.norm(x)) if self.norm_first else self.norm(self.reduction(x))
+        out: Tensor = (
+            self.reduction(self.norm(x)) if self.norm_first else self.norm(self.reduction(x))
+        )
         return out
 
 
@@ -287,7 +289,7 @@ class Swin(Pyramid):
         widths = tuple(size.embed_dim * 2**i for i in range(len(depths)))
         self.set_up(widths, depths, image_size)
         self.in_channels, self.padding, self.recompute = in_channels, padding, recompute
-        self.version, self.window = version, window
+        self.version, self.window, self.pretrained_window = version, window, pretrained_window
         self.patch_embed = Stem(in_channels, widths[0])
         rates = iter(drop_path_rates(drop_path, self.num_layers))
         grid, stages = coarser(self.image_size, 4), []

@@ -20,7 +20,6 @@ its edges are, at any size.
 import re
 from typing import Literal, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
@@ -119,7 +118,11 @@ class GlobalAttention(nn.Module):
         super().__init__()
         check_heads(dim, num_heads)
         self.num_heads, self.stride = num_heads, stride
-        self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        self.q, self.kv, self.proj = (
+            nn.Linear(dim, dim),
+            nn.Linear(dim, 2 * dim),
+            nn.Linear(dim, dim),
+        )
         if stride > 1:
             self.sr, self.norm = nn.Conv2d(dim, dim, stride, stride), nn.LayerNorm(dim)
 
