@@ -12,9 +12,9 @@ https://arxiv.org/abs/2104.13840, as their authors' code has it. For every stage
 
 Attention of the SVT is local (LSA) in blocks 0, 2, ...: softmax within windows of 7 x 7. In blocks
 1, 3, ... it is global (GSA): keys and values are LN(patches(map) W + b) of r x r tokens each. The
-PCPVT has global attention in all blocks. The convolution is all that knows positions (PEG, "Conditional
-Positional Encodings for Vision Transformers", Chu et al. 2021): the zeros around the map tell where
-its edges are, at any size.
+PCPVT has global attention in all blocks. The convolution is all that knows positions (PEG,
+"Conditional Positional Encodings for Vision Transformers", Chu et al. 2021): the zeros around the
+map tell where its edges are, at any size.
 """
 
 import re
@@ -165,9 +165,8 @@ class PositionEncoding(nn.Module):
         self.proj = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1, groups=dim))
 
     def forward(self, x: Float[Tensor, "b n d"], now: Order) -> Float[Tensor, "b n d"]:
-        rows, columns = now.grid
         x = reorder(x, now, row_by_row(now.grid))
-        image = rearrange(x, "b (y x) d -> b d y x", y=rows)  # channels stay last in memory
+        image = rearrange(x, "b (y x) d -> b d y x", y=now.grid[0])  # channels stay last in memory
         return added(x, rearrange(self.proj(image), "b d y x -> b (y x) d"))
 
 
@@ -223,7 +222,7 @@ class Twins(Pyramid):
 
     def stages(self, images: Float[Tensor, "b c height width"], keep: int) -> Kept:
         now = row_by_row(first_grid(images))
-        x, kept = images, []
+        x, kept = images, list[tuple[Tensor, Order]]()
         parts = zip(self.patch_embeds, self.blocks, self.pos_block, strict=True)
         for i, (embed, blocks, encode) in enumerate(parts):
             assert isinstance(blocks, nn.ModuleList)

@@ -111,7 +111,7 @@ class CompactBlock(nn.Module):
 
 
 class PatchProjection(nn.Module):
-    """Norm, projection and norm of squares of pixels or tokens, in the order (channel, row, column)."""
+    """Norm, projection, norm of squares of pixels or tokens, values by channel, row, column."""
 
     def __init__(self, in_dim: int, dim: int, side: int) -> None:
         super().__init__()

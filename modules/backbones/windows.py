@@ -92,7 +92,7 @@ def merged_slots(fine: Grid, coarse: Order, how: Merging) -> Int[Tensor, "tokens
 class Rows(NamedTuple):
     """A choice of rows: of each the row of the source, and which are zeros, having none."""
 
-    index: Int[Tensor, " n"]
+    source: Int[Tensor, " n"]
     zeros: Int[Tensor, " z"] | None
 
 
