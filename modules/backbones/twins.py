@@ -222,7 +222,8 @@ class Twins(Pyramid):
 
     def stages(self, images: Float[Tensor, "b c height width"], keep: int) -> Kept:
         now = row_by_row(first_grid(images))
-        x, kept = images, list[tuple[Tensor, Order]]()
+        x = images
+        kept: Kept = []
         parts = zip(self.patch_embeds, self.blocks, self.pos_block, strict=True)
         for i, (embed, blocks, encode) in enumerate(parts):
             assert isinstance(blocks, nn.ModuleList)

@@ -123,12 +123,14 @@ def moving(source: Int[Tensor, "*a"], target: Int[Tensor, "*b"], device: torch.d
 
 
 # Below, what a compiler takes as constants: it would trace through the caches. They hold what a
-# network needs for images of some sizes, tables of some kilobytes each.
+# network needs for images of some sizes, tables of some kilobytes each. Orders reach them as plain
+# tuples: named ones come out of the compiler (torch 2.15) with their fields nested.
+Plain = tuple[Any, ...]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def move_between(source: Order, target: Order, device: torch.device) -> Move:
-    return made_move(source, target, device)
+def move_between(source: Plain, target: Plain, device: torch.device) -> Move:
+    return made_move(Order(*source), Order(*target), device)
 
 
 @lru_cache(maxsize=512)
@@ -138,12 +140,12 @@ def made_move(source: Order, target: Order, device: torch.device) -> Move:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def merge_into(source: Order, target: Order, how: "Merging", device: torch.device) -> Move:
-    return made_merge(source, target, how, device)
+def merge_into(source: Plain, target: Plain, how: Plain, device: torch.device) -> Move:
+    return made_merge(Order(*source), Order(*target), Merging(*how), device)
 
 
 @lru_cache(maxsize=128)
-def made_merge(source: Order, target: Order, how: "Merging", device: torch.device) -> Move:
+def made_merge(source: Order, target: Order, how: Merging, device: torch.device) -> Move:
     with torch.inference_mode(False):
         return moving(slots(source), merged_slots(source.grid, target, how), device)
 
@@ -178,7 +180,7 @@ def reorder(x: Float[Tensor, "b n d"], now: Order, then: Order) -> Float[Tensor,
     """Tokens in another order of the same map; places without a token are zeros."""
     if now == then:
         return x
-    return take(x, move_between(now, then, x.device))
+    return take(x, move_between(tuple(now), tuple(then), x.device))
 
 
 def merge(
@@ -189,7 +191,7 @@ def merge(
     Tokens beyond the lower and right edge are zeros.
     """
     assert then.is_full
-    move = merge_into(now, then, how, x.device)
+    move = merge_into(tuple(now), tuple(then), tuple(how), x.device)
     return take(x, move).view(x.shape[0], -1, how.side**2 * x.shape[2])
 
 
@@ -198,7 +200,6 @@ def coarser(grid: Grid, side: int) -> Grid:
     return (-(-grid[0] // side), -(-grid[1] // side))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def window_mask(
     order: Order, hides_empty: bool, device: torch.device
 ) -> Float[Tensor, "windows 1 n n"] | None:
@@ -209,7 +210,14 @@ def window_mask(
     with `hides_empty` they are a region of their own. A place always sees itself, so -inf is safe,
     where the published -100 lets large scores through.
     """
-    return made_mask(order, hides_empty, device)
+    return constant_mask(tuple(order), hides_empty, device)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def constant_mask(
+    order: Plain, hides_empty: bool, device: torch.device
+) -> Float[Tensor, "windows 1 n n"] | None:
+    return made_mask(Order(*order), hides_empty, device)
 
 
 @lru_cache(maxsize=128)
