@@ -210,7 +210,8 @@ def window_mask(
     with `hides_empty` they are a region of their own. A place always sees itself, so -inf is safe,
     where the published -100 lets large scores through.
     """
-    return constant_mask(tuple(order), hides_empty, device)
+    mask: Tensor | None = constant_mask(tuple(order), hides_empty, device)
+    return mask
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
