@@ -78,6 +78,17 @@ HYBRIDS: dict[str, tuple[str, ...]] = {
     "R50+B/16": ("vit_base_r50_s16_224", "vit_base_r50_s16_384"),
     "R50+L/32": ("vit_large_r50_s32_224",),
 }
+MICROSOFT = "Microsoft's .pth"
+# Variant, window and side of Swin; 224 and 384 are published.
+SWINS: dict[tuple[str, int], str] = {
+    ("T", 7): "swin_tiny_patch4_window7_224",
+    ("S", 7): "swin_small_patch4_window7_224",
+    ("B", 7): "swin_base_patch4_window7_224",
+    ("B", 12): "swin_base_patch4_window12_384",
+    ("L", 7): "swin_large_patch4_window7_224",
+    ("L", 12): "swin_large_patch4_window12_384",
+}
+TWINS = {"S": "small", "B": "base", "L": "large"}
 # One entry a family.
 PRESETS: dict[str, list[Preset]] = {
     "vit": [Preset({"variant": v, "patch_size": p}, *of) for (v, p), of in VITS.items()],
@@ -90,6 +101,13 @@ PRESETS: dict[str, list[Preset]] = {
         Preset({"variant": variant}, others="" if variant == "mu" else "T2T-ViT's .pth")
         for variant in t2t.VARIANTS
     ],
+    "swin": [
+        Preset({"variant": v, "window": w, "image_size": 32 * w}, (name,), MICROSOFT)
+        for (v, w), name in SWINS.items()
+    ],
+    "twins_svt": [Preset({"variant": v}, (f"twins_svt_{n}",)) for v, n in TWINS.items()],
+    "twins_pcpvt": [Preset({"variant": v}, (f"twins_pcpvt_{n}",)) for v, n in TWINS.items()],
+    "twins_svt_compact": [Preset({"variant": "S"}, others="vit-pytorch's")],
 }
 
 
