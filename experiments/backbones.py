@@ -89,6 +89,7 @@ SWINS: dict[tuple[str, int], str] = {
     ("L", 12): "swin_large_patch4_window12_384",
 }
 TWINS = {"S": "small", "B": "base", "L": "large"}
+TOY = Preset({"variant": "mu"})
 # One entry a family.
 PRESETS: dict[str, list[Preset]] = {
     "vit": [Preset({"variant": v, "patch_size": p}, *of) for (v, p), of in VITS.items()],
@@ -102,12 +103,18 @@ PRESETS: dict[str, list[Preset]] = {
         for variant in t2t.VARIANTS
     ],
     "swin": [
-        Preset({"variant": v, "window": w, "image_size": 32 * w}, (name,), MICROSOFT)
-        for (v, w), name in SWINS.items()
+        TOY,
+        *(
+            Preset({"variant": v, "window": w, "image_size": 32 * w}, (name,), MICROSOFT)
+            for (v, w), name in SWINS.items()
+        ),
     ],
-    "twins_svt": [Preset({"variant": v}, (f"twins_svt_{n}",)) for v, n in TWINS.items()],
-    "twins_pcpvt": [Preset({"variant": v}, (f"twins_pcpvt_{n}",)) for v, n in TWINS.items()],
-    "twins_svt_compact": [Preset({"variant": "S"}, others="vit-pytorch's")],
+    "twins_svt": [TOY, *(Preset({"variant": v}, (f"twins_svt_{n}",)) for v, n in TWINS.items())],
+    "twins_pcpvt": [
+        TOY,
+        *(Preset({"variant": v}, (f"twins_pcpvt_{n}",)) for v, n in TWINS.items()),
+    ],
+    "twins_svt_compact": [TOY, Preset({"variant": "S"}, others="vit-pytorch's")],
 }
 
 
@@ -158,8 +165,10 @@ def backbones(argv: Sequence[str]) -> int:
     if given.limit < 1:
         raise ValueError(f"--limit is {given.limit}; expected at least 1")
     rows = list(chosen(given.what, given.limit))
-    table = Table("modules.backbones", "init_args", "parameters", "multiply-adds", "image", "grid")
-    table.add_column("weights")
+    table = Table("modules.backbones", "init_args")
+    for name in ("parameters", "MACs", "image", "grid"):  # whole figures, however narrow it gets
+        table.add_column(name, no_wrap=True, justify="right")
+    table.add_column("weights", overflow="fold")
     with Bar("counting", len(rows)) as bar:
         for family, preset in rows:
             found = measure(partial(create, family, **preset.arguments), SIDE)
