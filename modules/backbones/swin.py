@@ -22,6 +22,7 @@ does not shift. Where windows do not divide a map, they go over its edge (`paddi
 
 import math
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -149,6 +150,7 @@ class CosineAttention(WindowAttention):
 
     def table(self) -> Float[Tensor, "offsets h"]:
         offsets = log_offsets(self.window, self.pretrained, self.proj.weight.device)
+        offsets = offsets.to(self.proj.weight.dtype)
         out: Tensor = 16 * torch.sigmoid(self.cpb_mlp(offsets))
         return out
 
@@ -252,7 +254,8 @@ class Swin(Pyramid):
         window: tokens along a side of a window.
         version: 1, or 2 for cosines, biases of an MLP and norms after their branch.
         pretrained_window: of version 2, the window that the biases' MLP is trained for, for a
-            network that goes on with another one; null for the same.
+            network that goes on with another one: for all stages or for each, (12, 12, 12, 6) of
+            those published for 192 pixels, whose last map is smaller; null for the same.
         padding: places of a window beyond the map's edge. "masked": no token sees them. "zeros":
             as in the authors' code, they are keys and values like others, of a token that is zero
             after the norm. "timm": the same, but the map is shifted before it is padded, so that
@@ -274,7 +277,7 @@ class Swin(Pyramid):
         in_channels: int = 3,
         window: int = 7,
         version: Literal[1, 2] = 1,
-        pretrained_window: int | None = None,
+        pretrained_window: int | tuple[int, int, int, int] | None = None,
         padding: Literal["masked", "zeros", "timm"] = "masked",
         drop_path: float = 0.0,
         recompute: bool = False,
@@ -283,20 +286,22 @@ class Swin(Pyramid):
         super().__init__()
         choose("Swin", variant, VARIANTS, drop_path=drop_path)
         check_choice("padding", padding, PADDINGS)
-        check_version(version, window, pretrained_window)
+        given = pretrained_window
+        pretrained = (given,) * 4 if isinstance(given, int) else given
+        check_version(version, window, pretrained)
         size = VARIANTS[variant]
         depths = deepened(size.depths, depth)
         widths = tuple(size.embed_dim * 2**i for i in range(len(depths)))
         self.set_up(widths, depths, image_size)
         self.in_channels, self.padding, self.recompute = in_channels, padding, recompute
-        self.version, self.window, self.pretrained_window = version, window, pretrained_window
+        self.version, self.window, self.pretrained_window = version, window, pretrained
         self.patch_embed = Stem(in_channels, widths[0])
         rates = iter(drop_path_rates(drop_path, self.num_layers))
         grid, stages = coarser(self.image_size, 4), []
         for i, (dim, heads) in enumerate(zip(widths, size.num_heads, strict=True)):
             grid = coarser(grid, 2) if i else grid
             largest = (min(window, grid[0]), min(window, grid[1]))
-            known = largest if pretrained_window is None else (pretrained_window,) * 2
+            known = largest if pretrained is None else (pretrained[i], pretrained[i])
             blocks = [
                 SwinBlock(
                     dim,
@@ -345,10 +350,10 @@ class Swin(Pyramid):
         return found and (int(found[1]), int(found[2] or 0))
 
 
-def check_version(version: int, window: int, pretrained_window: int | None) -> None:
+def check_version(version: int, window: int, pretrained_window: Sequence[int] | None) -> None:
     if version not in (1, 2):
         raise ValueError(f"version is {version}; expected 1 or 2")
-    if min(window, pretrained_window or 1) < 1:
+    if min(window, *(pretrained_window or (1,))) < 1:
         raise ValueError(
             f"window is {window} and pretrained_window {pretrained_window}; expected at least 1"
         )

@@ -114,10 +114,35 @@ def pyramid_to_timm(network: nn.Module, backbone: Pyramid) -> State:
     """
     if isinstance(backbone, TwinsSVTCompact):
         raise ValueError("timm has no TwinsSVTCompact; export to .onnx instead")
+    if isinstance(backbone, Swin | TwinsSVT):
+        check_padding(backbone)
     state = {k.removeprefix("backbone."): t.detach() for k, t in network.state_dict().items()}
     if isinstance(backbone, Swin):
         state = {re.sub(r"^head\.", "head.fc.", key): tensor for key, tensor in state.items()}
     return {key: tensor.contiguous().clone() for key, tensor in state.items()}
+
+
+def check_padding(backbone: Swin | TwinsSVT) -> None:
+    """Refuse a network whose windows go over the edge of a map, otherwise than timm's do.
+
+    Raises:
+        ValueError: such a one.
+    """
+    theirs = "timm" if isinstance(backbone, Swin) else "zeros"
+    sides = [-(-side // 4) for side in backbone.image_size]
+    for _ in backbone.depths:
+        window = [
+            min(backbone.window, side) if isinstance(backbone, Swin) else backbone.window
+            for side in sides
+        ]
+        over = any(side % cut for side, cut in zip(sides, window, strict=True))
+        if over and backbone.padding != theirs:
+            raise ValueError(
+                f"windows of {backbone.window} do not divide maps of {sides[0]}x{sides[1]}, and "
+                f"timm pads them otherwise than padding {backbone.padding}: its outputs would "
+                f"differ; train with padding {theirs}, or export to .onnx"
+            )
+        sides = [-(-side // 2) for side in sides]
 
 
 def pyramid_arguments(network: nn.Module, backbone: Pyramid) -> dict[str, Any]:
@@ -137,7 +162,7 @@ def pyramid_arguments(network: nn.Module, backbone: Pyramid) -> dict[str, Any]:
         arguments |= {"model_name": names[backbone.version], "window_size": backbone.window}
         arguments |= {"embed_dim": backbone.embed_dim // 2 ** (len(backbone.depths) - 1)}
         known = backbone.pretrained_window
-        return arguments | ({} if known is None else {"pretrained_window_sizes": (known,) * 4})
+        return arguments | ({} if known is None else {"pretrained_window_sizes": known})
     assert isinstance(backbone, TwinsSVT | TwinsPCPVT)
     is_svt = isinstance(backbone, TwinsSVT)
     arguments["model_name"] = "twins_svt_small" if is_svt else "twins_pcpvt_small"

@@ -97,6 +97,35 @@ def test_logits_and_gradients_are_timms(
     torch.testing.assert_close(again(images), expected, atol=1e-6, rtol=1e-6)
 
 
+def test_a_network_of_a_larger_window_is_timms(tmp_path: Path) -> None:
+    """Published for 12 at 192 pixels: the last map was smaller, and its biases know that."""
+    known, size = (6, 6, 6, 3), (128, 128)
+    other = theirs(2, size, window_size=8, pretrained_window_sizes=known)
+    torch.save(other.state_dict(), tmp_path / "timm.pth")
+    network = ours(2, size, window=8, pretrained_window=known)
+    weights.load(network, tmp_path / "timm.pth")
+    images = torch.randn(1, 3, *size)
+    expected = other(images)
+    torch.testing.assert_close(network(images), expected, atol=1e-5, rtol=1e-5)
+    wrong = ours(2, size, window=8, pretrained_window=6)
+    weights.load(wrong, tmp_path / "timm.pth")
+    assert not torch.allclose(wrong(images), expected, atol=1e-4)
+    assert weights.timm_arguments(network)["pretrained_window_sizes"] == known
+
+
+def test_networks_that_pad_otherwise_than_timms_are_not_written_for_timm() -> None:
+    weights.to_timm(ours(1, (80, 80), padding="timm"))
+    weights.to_timm(ours(1, (128, 128)))
+    with pytest.raises(ValueError, match=r"do not divide maps of 10x10.* padding masked"):
+        weights.to_timm(ours(1, (80, 80)))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_half_precision_weights_compute(version: int) -> None:
+    network = ours(version, (64, 64)).to(torch.bfloat16)
+    assert network(torch.randn(1, 3, 64, 64, dtype=torch.bfloat16)).isfinite().all()
+
+
 def test_microsofts_files_have_the_merging_at_the_end_of_a_stage(tmp_path: Path) -> None:
     network, state = ours(1, (128, 128)), {}
     for key, tensor in theirs(1, (128, 128)).state_dict().items():
