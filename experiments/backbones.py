@@ -78,6 +78,18 @@ HYBRIDS: dict[str, tuple[str, ...]] = {
     "R50+B/16": ("vit_base_r50_s16_224", "vit_base_r50_s16_384"),
     "R50+L/32": ("vit_large_r50_s32_224",),
 }
+MICROSOFT = "Microsoft's .pth"
+# Variant, window and side of Swin; 224 and 384 are published.
+SWINS: dict[tuple[str, int], str] = {
+    ("T", 7): "swin_tiny_patch4_window7_224",
+    ("S", 7): "swin_small_patch4_window7_224",
+    ("B", 7): "swin_base_patch4_window7_224",
+    ("B", 12): "swin_base_patch4_window12_384",
+    ("L", 7): "swin_large_patch4_window7_224",
+    ("L", 12): "swin_large_patch4_window12_384",
+}
+TWINS = {"S": "small", "B": "base", "L": "large"}
+TOY = Preset({"variant": "mu"})
 # One entry a family.
 PRESETS: dict[str, list[Preset]] = {
     "vit": [Preset({"variant": v, "patch_size": p}, *of) for (v, p), of in VITS.items()],
@@ -90,6 +102,19 @@ PRESETS: dict[str, list[Preset]] = {
         Preset({"variant": variant}, others="" if variant == "mu" else "T2T-ViT's .pth")
         for variant in t2t.VARIANTS
     ],
+    "swin": [
+        TOY,
+        *(
+            Preset({"variant": v, "window": w, "image_size": 32 * w}, (name,), MICROSOFT)
+            for (v, w), name in SWINS.items()
+        ),
+    ],
+    "twins_svt": [TOY, *(Preset({"variant": v}, (f"twins_svt_{n}",)) for v, n in TWINS.items())],
+    "twins_pcpvt": [
+        TOY,
+        *(Preset({"variant": v}, (f"twins_pcpvt_{n}",)) for v, n in TWINS.items()),
+    ],
+    "twins_svt_compact": [TOY, Preset({"variant": "S"}, others="vit-pytorch's")],
 }
 
 
@@ -140,8 +165,10 @@ def backbones(argv: Sequence[str]) -> int:
     if given.limit < 1:
         raise ValueError(f"--limit is {given.limit}; expected at least 1")
     rows = list(chosen(given.what, given.limit))
-    table = Table("modules.backbones", "init_args", "parameters", "multiply-adds", "image", "grid")
-    table.add_column("weights")
+    table = Table("modules.backbones", "init_args")
+    for name in ("parameters", "MACs", "image", "grid"):  # whole figures, however narrow it gets
+        table.add_column(name, no_wrap=True, justify="right")
+    table.add_column("weights", overflow="fold")
     with Bar("counting", len(rows)) as bar:
         for family, preset in rows:
             found = measure(partial(create, family, **preset.arguments), SIDE)

@@ -96,8 +96,9 @@ def freeze_projection(backbone: Backbone) -> None:
             f"{type(backbone).__name__} {getattr(backbone, 'name', '')} {has}; set "
             f"freeze_patches to false"
         )
-    for parameter in found.values():
-        parameter.requires_grad = False
+    for name, parameter in found.items():
+        if name.rpartition(".")[0] in layers:  # a norm after it learns
+            parameter.requires_grad = False
 
 
 def contrast(

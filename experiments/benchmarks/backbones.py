@@ -65,8 +65,8 @@ def networks(row: Row, with_others: bool) -> dict[str, nn.Module]:
         if parameter.ndim > 1:
             nn.init.trunc_normal_(parameter, std=0.02)
     ours = Classifier(create(row.family, **row.arguments), CLASSES)
-    state, origins = weights.named_for(ours.backbone, dict(theirs.state_dict()), row.timm)
-    weights.fill(ours, state, origins, row.timm, [])
+    given = weights.named_for(ours.backbone, dict(theirs.state_dict()), row.timm)
+    weights.fill(ours, *given, row.timm, [])
     with torch.inference_mode():
         image = torch.randn(1, 3, SIDE, SIDE)
         apart = float((ours.eval()(image) - theirs.eval()(image)).abs().max())

@@ -22,7 +22,10 @@ from modules.backbones.layers import Backbone, BlockStyle, Features
 from modules.backbones.masked import Masked, Visible
 from modules.backbones.navit import NaViT
 from modules.backbones.positions import Positions
+from modules.backbones.swin import Swin
 from modules.backbones.t2t import T2TViT
+from modules.backbones.twins import TwinsPCPVT, TwinsSVT
+from modules.backbones.twins_compact import TwinsSVTCompact
 from modules.backbones.vit import ViT
 
 FAMILIES: dict[str, type[Backbone]] = {
@@ -30,6 +33,10 @@ FAMILIES: dict[str, type[Backbone]] = {
     "navit": NaViT,
     "hybrid": Hybrid,
     "t2t": T2TViT,
+    "swin": Swin,
+    "twins_svt": TwinsSVT,
+    "twins_pcpvt": TwinsPCPVT,
+    "twins_svt_compact": TwinsSVTCompact,
     "timm": Timm,
 }
 
@@ -68,7 +75,11 @@ __all__ = [
     "Packed",
     "Positions",
     "T2TViT",
+    "Swin",
     "Timm",
+    "TwinsPCPVT",
+    "TwinsSVT",
+    "TwinsSVTCompact",
     "ViT",
     "Visible",
     "create",

@@ -19,7 +19,7 @@ Init = Literal["timm", "dino", "jax", "mae", "moco"]
 class StemViT(ViT):
     """A ViT that is given its patch embedding, which looks beyond the edge of a patch.
 
-    So it takes neither packs nor some of the patches; hidden ones are black.
+    So it takes neither packs nor some of the patches; hidden ones have the mean colour.
     """
 
     def use_stem(self, stem: nn.Module, init: str) -> None:
@@ -42,7 +42,7 @@ class StemViT(ViT):
     def embed(
         self, images: Float[Tensor, "b c height width"] | Masked, grid: Grid
     ) -> Float[Tensor, "b n d"]:
-        """As in ViT; hidden patches are black, so that their neighbours do not see them either."""
+        """As in ViT; hidden patches have the mean colour, which their neighbours see of them."""
         if isinstance(images, Masked) and images.is_masked.shape[1] == grid[0] * grid[1]:
             hidden = images.is_masked.view(-1, 1, *grid)
             for axis in (2, 3):

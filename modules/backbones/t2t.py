@@ -87,7 +87,7 @@ class Mixing(nn.Module):
             return (q @ (k.mT @ wide)).div(q @ k.sum(1)[:, :, None] + 1e-8).to(v.dtype)
 
     def features(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n m"]:
-        logarithm = x @ self.w.T - x.square().sum(-1, keepdim=True) / 2
+        logarithm = x @ self.w.to(x.dtype).T - x.square().sum(-1, keepdim=True) / 2
         return torch.exp(logarithm).mul(NUM_FEATURES**-0.5)
 
 

@@ -9,7 +9,9 @@ import torch
 
 from experiments.backbones import PRESETS, Preset, backbones, timms
 from modules.backbones import FAMILIES, create
+from modules.backbones.pyramid import Pyramid
 from modules.weights.names import with_our_names
+from modules.weights.pyramids import with_pyramid_names
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
@@ -83,7 +85,8 @@ def test_every_family_has_presets_with_arguments_of_its_own() -> None:
 
 
 # Of small ones: names and shapes of larger ones are built alike.
-LOADED = [("vit", "Ti", 16), ("vit", "S", 16), ("hybrid", "R+Ti/16", None)]
+LOADED = [("vit", "Ti", 16), ("hybrid", "R+Ti/16", None), ("swin", "T", None)]
+LOADED += [("twins_svt", "S", None), ("twins_pcpvt", "S", None)]
 
 
 @pytest.mark.parametrize(("family", "variant", "patch"), LOADED)
@@ -94,9 +97,14 @@ def test_weights_fill_what_they_are_named_for(family: str, variant: str, patch: 
         if preset.arguments["variant"] == variant and preset.arguments.get("patch_size") == patch
     )
     with torch.device("meta"):
-        own = {k: t.shape for k, t in create(family, **preset.arguments).state_dict().items()}
+        backbone = create(family, **preset.arguments)
+        own = {k: t.shape for k, t in backbone.state_dict().items()}
         for name in preset.timm:
-            theirs, _ = with_our_names(timm.create_model(name, num_classes=0).state_dict())
+            state = timm.create_model(name, num_classes=0).state_dict()
+            if isinstance(backbone, Pyramid):
+                theirs, *_ = with_pyramid_names(state, backbone)
+            else:
+                theirs, _ = with_our_names(state)
             assert {k: t.shape for k, t in theirs.items()} == own
             assert timms(name).startswith(f"timm:{name} (")
 

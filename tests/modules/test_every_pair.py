@@ -20,7 +20,19 @@ from torch.utils.data import DataLoader
 from callbacks.knn import KNN
 from datamodules import ImageDataModule, MultiCropDataModule, PackedDataModule
 from modules import DINO, MAE, LinearProbe, MoCo, Supervised
-from modules.backbones import Backbone, Hybrid, NaViT, Positions, T2TViT, Timm, ViT
+from modules.backbones import (
+    Backbone,
+    Hybrid,
+    NaViT,
+    Positions,
+    Swin,
+    T2TViT,
+    Timm,
+    TwinsPCPVT,
+    TwinsSVT,
+    TwinsSVTCompact,
+    ViT,
+)
 from modules.distillation import Distillation
 from modules.ibot import MaskedPatches
 from modules.optim import Optimization
@@ -51,6 +63,16 @@ FAMILIES = {
     "NaViT": Family(partial(NaViT, "mu", 8, 1), NO_TOKEN),
     "hybrid": Family(partial(Hybrid, "mu", SIDE, 1), WHOLE_IMAGES, projects=False),
     "T2T-ViT": Family(partial(T2TViT, "mu", SIDE, 1), WHOLE_IMAGES, projects=False),
+    "Swin": Family(partial(Swin, "mu", SIDE, 1, window=4), WHOLE_IMAGES | {"iBOT": "d"}),
+    "Twins-SVT": Family(
+        partial(TwinsSVT, "mu", SIDE, 1), WHOLE_IMAGES | {"iBOT": "d"}, projects=False
+    ),
+    "Twins-PCPVT": Family(
+        partial(TwinsPCPVT, "mu", SIDE, 1), WHOLE_IMAGES | {"iBOT": "d"}, projects=False
+    ),
+    "Twins-SVT compact": Family(
+        partial(TwinsSVTCompact, "mu", SIDE, 1), WHOLE_IMAGES | {"iBOT": "d"}, projects=False
+    ),
     "Transformers of timm's": Family(
         partial(Timm, "test_vit", SIDE, 1), WHOLE_IMAGES | {"iBOT": "d"}
     ),
