@@ -312,11 +312,11 @@ def has_bfloat16() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def compile_backbones(method: LightningModule) -> None:
+def compile_backbones(method: LightningModule, **options: Any) -> None:
     """In place, so that names in checkpoints stay as they are."""
     for module in method.modules():
         if isinstance(module, Backbone):
-            module.compile()
+            module.compile(**options)
 
 
 def stopped_at(checkpoints: Path) -> int:

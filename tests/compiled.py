@@ -1,5 +1,6 @@
 """Compiles backbones on packs and groups, and a step of DINO, and says how often each was."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,6 +9,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from datamodules.batch import PackedImages
 from datamodules.sampling import fold
+from experiments.cli import compile_backbones
+from modules import MAE, MoCo, Supervised
 from modules.backbones import NaViT, Positions, ViT
 from modules.dino_loss import same_loss
 from modules.ibot import MaskedPatches, hide
@@ -92,9 +95,45 @@ def compilations_of_masks() -> int:
     return counter.frame_count
 
 
+def compilations_of_methods() -> dict[str, int]:
+    """What `--compile true` does: the backbone of each network that trains, without a break."""
+    found = {}
+    for name, (method, step) in steps().items():
+        torch._dynamo.reset()
+        expected = step()
+        expected.backward()
+        names, counter = list(method.state_dict()), CompileCounterWithBackend("aot_eager")
+        compile_backbones(method, backend=counter, fullgraph=True)
+        for _ in range(3):
+            loss = step()
+            loss.backward()
+        assert list(method.state_dict()) == names, name
+        torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+        found[name] = counter.frame_count
+    return found
+
+
+def steps() -> dict[str, tuple[Any, Callable[[], torch.Tensor]]]:
+    """A loss of every method, of a student where there is one, as a function of nothing."""
+    crops = (torch.randn(2, 3, 1, 16, 16), torch.randn(2, 3, 1, 8, 8))
+    images, keys = torch.randn(4, 1, 16, 16), torch.arange(4)
+    supervised = Supervised(views.backbone(), 10)
+    mae = MAE(views.backbone(), decoder_dim=8, decoder_depth=1, decoder_heads=2)
+    dino = views.method()
+    moco = MoCo(views.backbone(init="moco"), hidden_dim=8, projection_dim=8)
+    return {
+        "supervised": (supervised, lambda: supervised.classifier(images).square().mean()),
+        "mae": (mae, lambda: mae.autoencoder(images, mae.autoencoder.mask(images, keys))[0].mean()),
+        "dino": (dino, lambda: dino.student(crops).bottlenecks.square().sum(dim=-1).std()),
+        "moco": (moco, lambda: moco.student(crops[0])[1].square().mean()),
+    }
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for each in NETWORKS:
         print(each, compilations(each))
     print("groups", compilations_of_groups())
     print("masks", compilations_of_masks())
+    for each, count in compilations_of_methods().items():
+        print(each, count)

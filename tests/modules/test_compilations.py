@@ -17,4 +17,6 @@ def test_one_compilation_of_each() -> None:
         command, capture_output=True, text=True, cwd=ROOT, env=environment(), check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines() == [f"{name} 1" for name in (*NETWORKS, "groups", "masks")]
+    methods = ("supervised", "mae", "dino", "moco")
+    expected = [f"{name} 1" for name in (*NETWORKS, "groups", "masks", *methods)]
+    assert done.stdout.splitlines() == expected
