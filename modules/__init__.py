@@ -4,6 +4,7 @@
     dino.py         DINO         self-distillation of several views, without labels
     moco.py         MoCo         MoCo v3: two views of an image against all other images
     mae.py          MAE          a masked autoencoder: predicts the pixels of removed patches
+    seq2seq.py      Seq2Seq      recurrent encoder and decoder of texts, with attention
     probe.py        LinearProbe  linear heads on a frozen backbone, as MAE and DINO are judged
 
 and what they share: `optim`, `lars`, `schedules`, `losses`, `dino_loss`, `ibot`, `masking`,
@@ -17,6 +18,7 @@ from modules.dino import DINO
 from modules.mae import MAE
 from modules.moco import MoCo
 from modules.probe import LinearProbe
+from modules.seq2seq import Seq2Seq
 from modules.supervised import Supervised
 
 # A config or a checkpoint may name classes of these packages and no others: whatever else it
@@ -34,4 +36,4 @@ set_parsing_settings(
     instantiate_subclass_spec_in_any=False,
 )
 
-__all__ = ["DINO", "MAE", "LinearProbe", "MoCo", "Supervised"]
+__all__ = ["DINO", "MAE", "LinearProbe", "MoCo", "Seq2Seq", "Supervised"]
