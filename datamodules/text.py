@@ -11,7 +11,10 @@ from datamodules.batch import TextBatch
 from datamodules.pairs import Pair, Pairs, open_pairs
 from datamodules.placed import PlacedDataModule, limited
 from datamodules.sampling import EvalBatches, Sample, TrainBatches
+from datamodules.sources import Split
 from datamodules.vocabulary import END, LEVELS, START, Codec, Level, Vocabulary
+
+SPLITS: tuple[Split, Split] = ("train", "val")
 
 
 class Item(NamedTuple):
@@ -100,8 +103,7 @@ class TextDataModule(PlacedDataModule):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         self.train_pairs, self.val_pairs = (
-            open_pairs(self.source, split, self.reverse, self.source_args)
-            for split in ("train", "val")  # type: ignore[arg-type]
+            open_pairs(self.source, split, self.reverse, self.source_args) for split in SPLITS
         )
         texts = list(self.train_pairs.texts())
         sources, targets = [pair.source for pair in texts], [pair.target for pair in texts]

@@ -13,6 +13,7 @@
     patchlight knn --checkpoint C                      nearest neighbours of frozen features
     patchlight fewshot --checkpoint C                  linear classifiers from a few images a class
     patchlight jaccard --checkpoint C                  whether attention finds the objects
+    patchlight translate --checkpoint C "TEXT"         a text through a method that translates
     patchlight compare RUN [RUN ...]                   one table and one page with the curves
 
 `fit` and `validate` are LightningCLI: constructor signatures are the schema of a recipe, and
@@ -53,6 +54,7 @@ from experiments.look import look
 from experiments.resolutions import resolutions
 from experiments.start import take_weights
 from experiments.sweep import RESULT, sweep
+from experiments.translate import translate
 
 EXPERIMENTS = Path(__file__).parent
 BASE = EXPERIMENTS / "base.yaml"
@@ -68,6 +70,7 @@ VERBS = {
     "knn": knn,
     "fewshot": fewshot,
     "jaccard": jaccard,
+    "translate": translate,
     "compare": compare,
 }
 LIBRARIES = (

@@ -5,6 +5,7 @@
     moco.py         MoCo         MoCo v3: two views of an image against all other images
     mae.py          MAE          a masked autoencoder: predicts the pixels of removed patches
     seq2seq.py      Seq2Seq      recurrent encoder and decoder of texts, with attention
+    transformer.py  Transformer  the Transformer of texts
     probe.py        LinearProbe  linear heads on a frozen backbone, as MAE and DINO are judged
 
 and what they share: `optim`, `lars`, `schedules`, `losses`, `dino_loss`, `ibot`, `masking`,
@@ -20,6 +21,7 @@ from modules.moco import MoCo
 from modules.probe import LinearProbe
 from modules.seq2seq import Seq2Seq
 from modules.supervised import Supervised
+from modules.transformer import Transformer
 
 # A config or a checkpoint may name classes of these packages and no others: whatever else it
 # names is refused before it is imported, since importing a module runs it. The parts of torch
@@ -36,4 +38,4 @@ set_parsing_settings(
     instantiate_subclass_spec_in_any=False,
 )
 
-__all__ = ["DINO", "MAE", "LinearProbe", "MoCo", "Seq2Seq", "Supervised"]
+__all__ = ["DINO", "MAE", "LinearProbe", "MoCo", "Seq2Seq", "Supervised", "Transformer"]

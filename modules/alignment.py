@@ -39,7 +39,7 @@ class Alignment(nn.Module):
                 f"them alike, or use general"
             )
         self.kind = kind
-        self.memory = nn.Identity()
+        self.memory: nn.Module = nn.Identity()
         if kind == "additive":
             self.memory = nn.Linear(memory_dim, hidden_dim)  # W_h and b
             self.query = nn.Linear(query_dim, hidden_dim, bias=False)
@@ -64,4 +64,5 @@ class Alignment(nn.Module):
             scores = self.score(hidden)[..., 0]
         else:
             scores = queries @ prepared.mT
-        return scores.float().masked_fill(~is_valid[:, None], -torch.inf).softmax(dim=-1)
+        seen: Tensor = scores.float().masked_fill(~is_valid[:, None], -torch.inf)
+        return seen.softmax(dim=-1)

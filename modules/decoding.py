@@ -43,7 +43,7 @@ def length_penalty(length: Int[Tensor, "*b"], alpha: float) -> Float[Tensor, "*b
 
 def select(state: State, rows: Int[Tensor, " n"]) -> State:
     """These rows of a state, in this order."""
-    parts = [None if part is None else part[rows] for part in state]
+    parts: list[Any] = [None if part is None else part[rows] for part in state]
     return type(state)(*parts)
 
 

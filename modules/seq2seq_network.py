@@ -132,9 +132,10 @@ class EncoderDecoder(nn.Module):
         x = self.drop(self.targets(tokens))
         if not self.looks_first:
             states, memory = self.advance(x, memory)
+            if self.combine is None:
+                return self.head(self.drop(states)), memory, None
             weights, contexts = self.look(states, memory)
-            if self.combine is not None:
-                states = torch.tanh(self.combine(torch.cat((contexts, states), dim=-1)))
+            states = torch.tanh(self.combine(torch.cat((contexts, states), dim=-1)))
             return self.head(self.drop(states)), memory, weights
         steps, looked = [], []
         for i in range(x.shape[1]):
@@ -157,12 +158,11 @@ class EncoderDecoder(nn.Module):
 
     def look(
         self, queries: Float[Tensor, "b t d"], memory: Memory
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Weights [b, t, s] over the source and contexts [b, t, d]; None without attention."""
-        if self.attention is None:
-            return None, None
+    ) -> tuple[Float[Tensor, "b t s"], Float[Tensor, "b t d"]]:
+        """Weights over the source, and contexts."""
+        assert self.attention is not None
         assert memory.outputs is not None
-        weights = self.attention(queries, memory.prepared, memory.is_valid)
+        weights: Tensor = self.attention(queries, memory.prepared, memory.is_valid)
         return weights, weights.to(memory.outputs.dtype) @ memory.outputs
 
     def step(

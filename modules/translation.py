@@ -1,7 +1,7 @@
 """What methods that translate share: their vocabularies, their loss, how they are judged."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from callbacks.tally import Tally
 from datamodules.batch import TextBatch
 from datamodules.text import TextDataModule
 from datamodules.vocabulary import SPACE, Codec
-from modules.decoding import Decoded
+from modules.decoding import Decoded, Search
 
 KEY = "translation"  # where a checkpoint has its vocabularies
 
@@ -22,7 +22,7 @@ def codec_of(method: LightningModule, known: Codec | None) -> Codec:
     """The vocabularies of the trainer's data.
 
     Raises:
-        ValueError: data that is no text, or other vocabularies than those that are known already.
+        ValueError: data that is no text, or others than a network was built for already.
     """
     data = getattr(method.trainer, "datamodule", None)
     if not isinstance(data, TextDataModule):
@@ -34,31 +34,61 @@ def codec_of(method: LightningModule, known: Codec | None) -> Codec:
     return data.codec
 
 
-def check_same(codec: Codec, known: Codec | None) -> None:
-    """Refuse other vocabularies than those that a network was built for."""
-    if known is not None and codec != known:
+def check_same(data: Codec, network: Codec | None) -> None:
+    """Refuse data of other vocabularies than those of a network."""
+    if network is not None and data != network:
         raise ValueError(
-            f"the data has {len(codec.source)} source and {len(codec.target)} target tokens, and "
-            f"the checkpoint is of {len(known.source)} and {len(known.target)}, or of others, or "
-            f"pad_to differs; use the data that it was trained on, or start a new run"
+            f"the data has {len(data.source)} source and {len(data.target)} target tokens, and "
+            f"the checkpoint is of {len(network.source)} and {len(network.target)}, or of others, "
+            f"or pad_to differs; use the data that it was trained on, or start a new run"
         )
 
 
-def kept_codec(checkpoint: dict[str, Any]) -> Codec:
+def kept_codec(checkpoint: dict[str, Any], known: Codec | None) -> Codec:
     """The vocabularies out of a checkpoint.
 
     Raises:
-        ValueError: a checkpoint that has none.
+        ValueError: a checkpoint that has none, or others than those of the data.
     """
     if KEY not in checkpoint:
         raise ValueError("the checkpoint has no vocabularies: it is of no method that translates")
-    return Codec.of_primitives(checkpoint[KEY])
+    codec = Codec.of_primitives(checkpoint[KEY])
+    if known is not None:
+        check_same(known, codec)
+    return codec
 
 
 def keep_codec(checkpoint: dict[str, Any], method: LightningModule, codec: Codec | None) -> None:
     """Write them, and which method translates with them."""
     if codec is not None:
         checkpoint[KEY] = {"method": type(method).__name__, **codec.as_primitives()}
+
+
+@runtime_checkable
+class Translates(Protocol):
+    """A method whose network is there."""
+
+    codec: Codec | None
+
+    def decode(self, batch: TextBatch, how: Search | None = None) -> Decoded: ...
+
+
+def translate_texts(
+    method: Translates, texts: Sequence[str], how: Search | None = None
+) -> list[str]:
+    """Translations of texts, by the method's own search where none is given.
+
+    Raises:
+        ValueError: an empty text, or one that the vocabulary has no tokens for.
+    """
+    codec = method.codec
+    assert codec is not None
+    source, lengths = codec.encode_sources(texts)
+    target, target_lengths = codec.encode_targets([""] * len(texts))
+    keys = torch.arange(len(texts))
+    is_valid = torch.ones(len(texts), dtype=torch.bool)
+    batch = TextBatch(source, lengths, target, target_lengths, keys, keys, is_valid)
+    return [codec.target.decode(row) for row in method.decode(batch, how).tokens.tolist()]
 
 
 def with_spaces(batch: TextBatch, codec: Codec) -> TextBatch:

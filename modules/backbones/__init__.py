@@ -21,9 +21,15 @@ from modules.backbones.layers import Backbone, BlockStyle, Features
 from modules.backbones.masked import Masked, Visible
 from modules.backbones.navit import NaViT
 from modules.backbones.positions import Positions
+from modules.backbones.row_rnn import RowRNN
 from modules.backbones.vit import ViT
 
-FAMILIES: dict[str, type[Backbone]] = {"vit": ViT, "navit": NaViT, "timm": Timm}
+FAMILIES: dict[str, type[Backbone]] = {
+    "vit": ViT,
+    "navit": NaViT,
+    "timm": Timm,
+    "row_rnn": RowRNN,
+}
 
 
 def create(name: str, /, **overrides: Any) -> Backbone:
@@ -58,6 +64,7 @@ __all__ = [
     "NaViT",
     "Packed",
     "Positions",
+    "RowRNN",
     "Timm",
     "ViT",
     "Visible",
