@@ -38,6 +38,7 @@ HASHES, HELD_OUT = 100, 10
 # Smaller numbers are the words that others are made of: all of them are for training.
 SMALL = 100
 YEARS = (1000, 2999)
+PATIENCE = 1_000  # draws without a new held-out value after which there are taken to be no more
 DRAW, HOLD = 0x9A15, 0x401D  # streams of random numbers
 
 
@@ -133,15 +134,17 @@ class Generated:
 
     def hold(self, count: int) -> list[int | datetime.date]:
         """So many different values that are held out, always the same."""
-        found: dict[int | datetime.date, None] = {}
-        for attempt in range(1000 * count):
+        found: dict[int | datetime.date, int] = {}
+        for attempt in itertools.count():
             value = self.draw(HOLD, attempt)
             if is_held_out(ordinal(value)):
-                found[value] = None
+                found.setdefault(value, attempt)
             if len(found) == count:
                 return list(found)
+            if attempt - max(found.values(), default=0) > PATIENCE:
+                break
         raise ValueError(
-            f"there are fewer than {count} held-out {self.kind} of up to {self.max_digits} digits; "
+            f"no {count} held-out {self.kind} of up to {self.max_digits} digits could be drawn; "
             f"set num_val to at most {len(found)}, or max_digits to more"
         )
 

@@ -347,7 +347,7 @@ def alignments(
         said = tokens[i].tolist()
         said = said[: said.index(codec.end) + 1] if codec.end in said else said
         length = int(batch.source_lengths[i])
-        shown = weights[i, : len(said), :length].float().cpu().numpy()
+        shown = weights[i, : len(said), :length].detach().float().cpu().numpy()
         place.imshow(shown, cmap=COLOURS, vmin=0, vmax=1, interpolation="nearest", aspect="auto")
         read = [codec.source.tokens[j] for j in batch.source[i, :length].tolist()]
         spoken = [codec.target.tokens[j].replace(END, "end") for j in said]

@@ -176,7 +176,7 @@ class RowRNN(Backbone):
         """
         if not 1 <= count <= self.num_layers:
             raise ValueError(
-                f"the last {count} blocks of {self.num_layers}; set num_blocks to less"
+                f"the last {count} of {self.num_layers} blocks: set num_blocks to less"
             )
         x, found = self.rows(images), []
         for i, block in enumerate(self.blocks):
