@@ -235,7 +235,7 @@ def test_errors(arguments: dict, says: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"mlp": "relu"}, "mlp is 'relu'; expected gelu"),
+        ({"mlp": "tanh"}, "mlp is 'tanh'; expected gelu"),
         ({"layer_scale": 0.0}, r"layer_scale is 0\.0; expected more than 0"),
         ({"residual_scale": -1.0}, "residual_scale is -1"),
         ({"qk_norm": True}, "qk_norm is True; expected layer, rms, rms_unscaled or null"),
