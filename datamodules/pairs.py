@@ -127,8 +127,9 @@ class Generated:
         rng = np.random.Generator(np.random.Philox(key=fold(DRAW, key, attempt)))
         is_date = self.kind == "dates" or (self.kind != "numbers" and rng.random() < 0.5)
         if is_date:
-            first, last = (datetime.date(year, 1, 1).toordinal() for year in YEARS)
-            return datetime.date.fromordinal(int(rng.integers(first, last)))
+            first, after = datetime.date(YEARS[0], 1, 1), datetime.date(YEARS[1] + 1, 1, 1)
+            day = rng.integers(first.toordinal(), after.toordinal())
+            return datetime.date.fromordinal(int(day))
         digits = int(rng.integers(1, self.max_digits + 1))
         return int(rng.integers(10 ** (digits - 1) if digits > 1 else 0, 10**digits))
 
@@ -152,7 +153,7 @@ class Generated:
         if self.kind != "numbers":
             first = datetime.date(YEARS[0], 1, 1).toordinal()
             yield from (date(datetime.date.fromordinal(first + i)) for i in range(366))
-            yield from (date(datetime.date(y, 1, 1)) for y in range(1900, 2101))
+            yield from (date(datetime.date(y, 1, 1)) for y in (1200, *range(1900, 2101)))
         if self.kind != "dates":
             ends = itertools.chain(range(200), range(200, 1000, 100), (1_100, 1_201, 2_000))
             yield from map(number, ends)

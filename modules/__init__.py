@@ -9,8 +9,8 @@
     probe.py        LinearProbe  linear heads on a frozen backbone, as MAE and DINO are judged
 
 and what they share: `optim`, `lars`, `schedules`, `losses`, `dino_loss`, `ibot`, `masking`,
-`checks`, `networks`, `distillation`, `weights`, `backbones`, and, to look inside, `analysis`,
-`drawing` and `reconstruction`.
+`checks`, `networks`, `distillation`, `weights`, `backbones`, for texts `translation`, `decoding`,
+`alignment` and `multihead`, and, to look inside, `analysis`, `drawing` and `reconstruction`.
 """
 
 from jsonargparse import set_parsing_settings

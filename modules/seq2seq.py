@@ -117,7 +117,8 @@ class Seq2Seq(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)  # the run's config.yaml has them
-        check_at_least(1, hidden_dim=hidden_dim, num_layers=num_layers)
+        width = 1 if embedding_dim is None else embedding_dim
+        check_at_least(1, hidden_dim=hidden_dim, num_layers=num_layers, embedding_dim=width)
         for name, value, known in (
             ("cell", cell, tuple(CELLS)),
             ("attention", attention, (*KINDS, None)),

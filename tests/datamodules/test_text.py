@@ -66,9 +66,10 @@ def test_a_tenth_is_held_out_but_for_small_numbers() -> None:
 
 
 @pytest.mark.parametrize("level", ["characters", "words"])
-def test_vocabularies_hold_whatever_is_generated(level: Any) -> None:
+@pytest.mark.parametrize("kind", ["numbers", "dates"])
+def test_vocabularies_hold_whatever_is_generated(kind: str, level: Any) -> None:
     arguments = {"num_train": 1, "num_val": 1, "max_digits": 9}
-    data = module("numbers_and_dates", source_args=arguments, level=level)
+    data = module(kind, source_args=arguments, level=level)
     for key in range(300):
         pair = data.train_pairs.pair(0, key)
         ids = data.codec.source.encode(pair.source), data.codec.target.encode(pair.target)

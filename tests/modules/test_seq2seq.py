@@ -262,6 +262,7 @@ def test_exact_matches_and_their_groups(monkeypatch: pytest.MonkeyPatch) -> None
         ({"context": "input"}, "context is 'input', but attention is null"),
         ({"length_bins": (5, 5)}, "length_bins is .*expected lengths that rise"),
         ({"num_layers": 0}, "num_layers is 0"),
+        ({"embedding_dim": 0}, "embedding_dim is 0"),
     ],
 )
 def test_values_that_are_refused(changes: dict[str, Any], message: str) -> None:

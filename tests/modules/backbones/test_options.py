@@ -69,6 +69,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "registers": {"num_registers": 3},
     "pre-logits": {"pre_logits": True},
     "tanh GELU": {"block": BlockStyle(mlp="gelu_tanh")},
+    "ReLU": {"block": BlockStyle(mlp="relu")},
     "SwiGLU": {"block": BlockStyle(mlp="swiglu")},
     "no bias of qkv": {"block": BlockStyle(qkv_bias=False)},
     "qk norm": {"block": BlockStyle(qk_norm="layer")},
