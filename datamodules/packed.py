@@ -236,8 +236,9 @@ class PackedDataModule(SourceDataModule):
         super().fit_to(needs)
         if not needs.takes_packs:
             raise ValueError(
-                "the backbone has relative positions, which need images of one size; choose "
-                "another kind of positions, or ImageDataModule"
+                "the backbone takes no packs: relative positions, windows and convolutions need "
+                "images of one size; use NaViT, or ViT with another kind of positions, or "
+                "datamodules.ImageDataModule"
             )
         if self.row_length <= needs.num_prefix_tokens:
             raise ValueError(

@@ -5,6 +5,7 @@
     patchlight fit --resume RUN                        go on with a run that was stopped
     patchlight validate --config RUN/config.yaml --ckpt_path RUN/checkpoints/best.ckpt
     patchlight check-data DIR                          find unreadable images beforehand
+    patchlight backbones [FAMILY | timm:PATTERN]       what there is, and what it costs
     patchlight inspect FILE                            what a checkpoint holds, and what fits it
     patchlight export --checkpoint C --out FILE        for timm (.safetensors) or as ONNX
     patchlight look --checkpoint C --images DIR        attention and features as pictures
@@ -46,6 +47,7 @@ from callbacks.monitors import FillRate, FiniteLoss, Throughput
 from callbacks.pictures import AugmentedBatch
 from callbacks.seeding import StepSeed
 from datamodules.check import main as check_data
+from experiments.backbones import backbones
 from experiments.checkpoints import export, inspect
 from experiments.compare import compare
 from experiments.jaccard import jaccard
@@ -62,6 +64,7 @@ ROOMS = ("experiments", "modules", "callbacks", "datamodules")
 STOPPED = 143  # the exit code of a process that ended on SIGTERM: the run is not finished
 VERBS = {
     "check-data": check_data,
+    "backbones": backbones,
     "inspect": inspect,
     "export": export,
     "look": look,

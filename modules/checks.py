@@ -52,8 +52,8 @@ def check_visible(backbone: Backbone) -> None:
     if not backbone.takes_visible:
         raise ValueError(
             f"MAE shows its encoder some patches and no others, and this {type(backbone).__name__} "
-            f"needs the whole grid (relative positions and windows do); use modules.backbones.ViT "
-            f"with learned1d, learned2d or sincos2d positions"
+            f"needs the whole grid (relative positions, windows and convolutions do); use "
+            f"modules.backbones.ViT with learned1d, learned2d or sincos2d positions"
         )
 
 

@@ -17,18 +17,29 @@ from typing import Any
 from modules.backbones.any_timm import Timm
 from modules.backbones.attention import Packed
 from modules.backbones.factorised import FactorisedPositions
+from modules.backbones.hybrid import Hybrid
 from modules.backbones.layers import Backbone, BlockStyle, Features
 from modules.backbones.masked import Masked, Visible
 from modules.backbones.navit import NaViT
 from modules.backbones.positions import Positions
 from modules.backbones.row_rnn import RowRNN
+from modules.backbones.swin import Swin
+from modules.backbones.t2t import T2TViT
+from modules.backbones.twins import TwinsPCPVT, TwinsSVT
+from modules.backbones.twins_compact import TwinsSVTCompact
 from modules.backbones.vit import ViT
 
 FAMILIES: dict[str, type[Backbone]] = {
     "vit": ViT,
     "navit": NaViT,
-    "timm": Timm,
     "row_rnn": RowRNN,
+    "hybrid": Hybrid,
+    "t2t": T2TViT,
+    "swin": Swin,
+    "twins_svt": TwinsSVT,
+    "twins_pcpvt": TwinsPCPVT,
+    "twins_svt_compact": TwinsSVTCompact,
+    "timm": Timm,
 }
 
 
@@ -60,12 +71,18 @@ __all__ = [
     "BlockStyle",
     "FactorisedPositions",
     "Features",
+    "Hybrid",
     "Masked",
     "NaViT",
     "Packed",
     "Positions",
     "RowRNN",
+    "T2TViT",
+    "Swin",
     "Timm",
+    "TwinsPCPVT",
+    "TwinsSVT",
+    "TwinsSVTCompact",
     "ViT",
     "Visible",
     "create",

@@ -197,6 +197,6 @@ def test_create_names_the_argument_that_was_meant() -> None:
     with pytest.raises(ValueError, match="no argument 'patchsize'; did you mean 'patch_size'"):
         create("vit", patchsize=4)
     with pytest.raises(
-        ValueError, match="unknown backbone 'vgg'; known: navit, row_rnn, timm, vit"
+        ValueError, match="unknown backbone 'vgg'; known: hybrid, navit, t2t, timm, vit"
     ):
         create("vgg")
