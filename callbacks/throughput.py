@@ -11,8 +11,9 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.flop_counter import FlopCounterMode
 
-from datamodules.batch import ImageBatch, MultiCropBatch, PackedBatch
-from datamodules.module import Needs, WaitedLoader
+from datamodules.batch import ImageBatch, MultiCropBatch, PackedBatch, TextBatch
+from datamodules.module import Needs
+from datamodules.placed import WaitedLoader
 
 GIB = 2**30
 H200 = 989.4e12  # dense, in 16 bits: the H100's. Lightning's table has that of sparse matrices.
@@ -21,8 +22,9 @@ H200 = 989.4e12  # dense, in 16 bits: the H100's. Lightning's table has that of 
 class Throughput(Callback):
     """Logs, at log points, over the steps since the one before:
 
-    train/images_per_s  over all devices
-    train/tokens_per_s  patches and prefix tokens of these images, those that are masked as well
+    train/images_per_s  over all devices; of texts train/pairs_per_s
+    train/tokens_per_s  patches and prefix tokens of these images, those that are masked as well;
+                        places of texts, padding too
     train/data_wait     share of the time in which the step waited for the loader
     train/memory_gib    the most that tensors took of this device so far; on a CPU, the process
     train/mfu           model FLOPs utilisation: the FLOPs of training over what the device could do
@@ -65,7 +67,7 @@ class Throughput(Callback):
     ) -> None:
         if self.counter is not None:
             self.counting.close()
-            self.flops_per_image = self.counter.get_total_flops() / batch.num_images
+            self.flops_per_image = self.counter.get_total_flops() / count_of(batch)
             self.counter = None
         now = time.perf_counter()
         loader = trainer.train_dataloader
@@ -73,13 +75,13 @@ class Throughput(Callback):
         if self.started is None:  # the first step after a pause only starts the clock
             self.restart(now, waited)
             return
-        self.images += batch.num_images * trainer.world_size
+        self.images += count_of(batch) * trainer.world_size
         self.tokens += tokens_of(batch, needs_of(trainer)) * trainer.world_size
         if not trainer._logger_connector.should_update_logs:
             return
         seconds = now - self.started
         found = {
-            "images_per_s": self.images / seconds,
+            f"{'pairs' if isinstance(batch, TextBatch) else 'images'}_per_s": self.images / seconds,
             "data_wait": (waited - self.waited) / seconds,
             "memory_gib": memory(trainer.strategy.root_device) / GIB,
         }
@@ -108,6 +110,12 @@ class Throughput(Callback):
         self.flops_per_image = state_dict["flops_per_image"]
 
 
+def count_of(batch: Any) -> int:
+    """Images, or pairs of texts."""
+    count: int = batch.num_pairs if isinstance(batch, TextBatch) else batch.num_images
+    return count
+
+
 def needs_of(trainer: Trainer) -> Needs | None:
     needs = getattr(trainer.datamodule, "needs", None)  # type: ignore[attr-defined]
     return needs if isinstance(needs, Needs) else None
@@ -117,6 +125,8 @@ def tokens_of(batch: Any, needs: Needs | None) -> int:
     """Patches and prefix tokens of a batch; 0 where there are none."""
     if isinstance(batch, PackedBatch):
         return batch.num_tokens
+    if isinstance(batch, TextBatch):
+        return batch.source.numel() + batch.target.numel()
     if needs is None:
         return 0
     if isinstance(batch, MultiCropBatch):

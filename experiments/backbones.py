@@ -115,6 +115,7 @@ PRESETS: dict[str, list[Preset]] = {
         *(Preset({"variant": v}, (f"twins_pcpvt_{n}",)) for v, n in TWINS.items()),
     ],
     "twins_svt_compact": [TOY, Preset({"variant": "S"}, others="vit-pytorch's")],
+    "row_rnn": [Preset({"image_size": 28, "hidden_dim": 128})],
 }
 
 

@@ -16,6 +16,7 @@
     patchlight fewshot --checkpoint C                  linear classifiers from a few images a class
     patchlight jaccard --checkpoint C                  whether attention finds the objects
     patchlight plan --config RECIPE                    steps, rate and memory on 1 to 1,024 devices
+    patchlight translate --checkpoint C "TEXT"         a text through a method that translates
     patchlight compare RUN [RUN ...]                   one table and one page with the curves
 
 `fit` and `validate` are LightningCLI: constructor signatures are the schema of a recipe, and
@@ -59,6 +60,7 @@ from experiments.plan import plan
 from experiments.resolutions import resolutions
 from experiments.start import CONFIG, take, take_weights
 from experiments.sweep import RESULT, sweep
+from experiments.translate import translate
 from modules.backbones import Backbone
 
 EXPERIMENTS = Path(__file__).parent
@@ -76,6 +78,7 @@ VERBS = {
     "knn": knn,
     "fewshot": fewshot,
     "jaccard": jaccard,
+    "translate": translate,
     "compare": compare,
     "plan": plan,
 }

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jsonargparse import ActionConfigFile
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
@@ -117,7 +116,7 @@ def read(arguments: Sequence[str]) -> Recipe:
     from experiments.cli import BASE  # which knows this verb
 
     parser = LightningArgumentParser(default_config_files=[str(BASE)])
-    parser.add_argument("--config", "-c", action=ActionConfigFile)
+    parser.add_argument("--config", "-c", action="config")
     parser.add_argument("--seed_everything", type=int, default=0)
     parser.add_argument("--runs", default="runs")
     parser.add_argument("--compile", type=bool, default=False)

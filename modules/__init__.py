@@ -4,11 +4,14 @@
     dino.py         DINO         self-distillation of several views, without labels
     moco.py         MoCo         MoCo v3: two views of an image against all other images
     mae.py          MAE          a masked autoencoder: predicts the pixels of removed patches
+    seq2seq.py      Seq2Seq      recurrent encoder and decoder of texts, with attention
+    transformer.py  Transformer  the Transformer of texts
     probe.py        LinearProbe  linear heads on a frozen backbone, as MAE and DINO are judged
 
 and what they share: `optim`, `lars`, `schedules`, `losses`, `dino_loss`, `ibot`, `masking`,
-`checks`, `networks`, `distillation`, `weights`, `backbones`, and, to look inside, `analysis`,
-`drawing` and `reconstruction`. `sharding` registers `trainer.strategy: sharded`.
+`checks`, `networks`, `distillation`, `weights`, `backbones`, for texts `translation`, `decoding`,
+`alignment` and `multihead`, and, to look inside, `analysis`, `drawing` and `reconstruction`.
+`sharding` registers `trainer.strategy: sharded`.
 """
 
 from jsonargparse import set_parsing_settings
@@ -17,8 +20,10 @@ from modules.dino import DINO
 from modules.mae import MAE
 from modules.moco import MoCo
 from modules.probe import LinearProbe
+from modules.seq2seq import Seq2Seq
 from modules.sharding import Sharded  # noqa: F401 - registers its name
 from modules.supervised import Supervised
+from modules.transformer import Transformer
 
 # A config or a checkpoint may name classes of these packages and no others: whatever else it
 # names is refused before it is imported, since importing a module runs it. The parts of torch
@@ -35,4 +40,4 @@ set_parsing_settings(
     instantiate_subclass_spec_in_any=False,
 )
 
-__all__ = ["DINO", "MAE", "LinearProbe", "MoCo", "Supervised"]
+__all__ = ["DINO", "MAE", "LinearProbe", "MoCo", "Seq2Seq", "Supervised", "Transformer"]

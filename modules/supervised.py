@@ -197,7 +197,7 @@ class Supervised(LightningModule):
             if data is not None and hasattr(data, "mean"):
                 self.teacher.check_normalization(data.mean, data.std)
         if self.weights is not None and starts(self.trainer):
-            self.load()
+            self.load(self.weights)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.teacher is not None:
@@ -207,9 +207,9 @@ class Supervised(LightningModule):
         if self.teacher is not None:
             self.teacher.check_fingerprint(checkpoint.get("teacher"))
 
-    def load(self) -> None:
-        """Take first values from `weights`."""
-        given = (self.weights, self.weights_part, self.weights_drop)
+    def load(self, weights: str) -> None:
+        """Take first values from a file."""
+        given = (weights, self.weights_part, self.weights_drop)
         if self.weights_scope == "backbone":
             rank_zero_info(str(load_backbone(self.classifier.backbone, *given)))
         else:

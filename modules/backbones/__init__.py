@@ -22,6 +22,7 @@ from modules.backbones.layers import Backbone, BlockStyle, Features
 from modules.backbones.masked import Masked, Visible
 from modules.backbones.navit import NaViT
 from modules.backbones.positions import Positions
+from modules.backbones.row_rnn import RowRNN
 from modules.backbones.swin import Swin
 from modules.backbones.t2t import T2TViT
 from modules.backbones.twins import TwinsPCPVT, TwinsSVT
@@ -31,6 +32,7 @@ from modules.backbones.vit import ViT
 FAMILIES: dict[str, type[Backbone]] = {
     "vit": ViT,
     "navit": NaViT,
+    "row_rnn": RowRNN,
     "hybrid": Hybrid,
     "t2t": T2TViT,
     "swin": Swin,
@@ -74,6 +76,7 @@ __all__ = [
     "NaViT",
     "Packed",
     "Positions",
+    "RowRNN",
     "T2TViT",
     "Swin",
     "Timm",

@@ -14,7 +14,8 @@ from callbacks import Throughput, throughput
 from callbacks.throughput import peak_flops, tokens_of
 from datamodules import module as data_module
 from datamodules.batch import ImageBatch, MultiCropBatch
-from datamodules.module import Needs, WaitedLoader
+from datamodules.module import Needs
+from datamodules.placed import WaitedLoader
 from tests import small
 
 NAMES = ("images_per_s", "tokens_per_s", "data_wait", "memory_gib", "mfu")

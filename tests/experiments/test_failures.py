@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from callbacks import FiniteLoss
 from callbacks.checkpoint import AtomicCheckpointIO, read_checkpoint
-from datamodules.module import WaitedLoader
+from datamodules.placed import WaitedLoader
 from tests import small
 from tests.experiments.test_resume import same_end
 from tests.runs import ROOT, TINY, environment, last_checkpoint, only_run, patchlight

@@ -25,6 +25,7 @@ from modules.backbones import (
     Hybrid,
     NaViT,
     Positions,
+    RowRNN,
     Swin,
     T2TViT,
     Timm,
@@ -72,6 +73,9 @@ FAMILIES = {
     ),
     "Twins-SVT compact": Family(
         partial(TwinsSVTCompact, "mu", SIDE, 1), WHOLE_IMAGES | {"iBOT": "d"}, projects=False
+    ),
+    "rows of images": Family(
+        partial(RowRNN, SIDE, 1, 16), WHOLE_IMAGES | {"iBOT": "d"}, projects=False
     ),
     "Transformers of timm's": Family(
         partial(Timm, "test_vit", SIDE, 1), WHOLE_IMAGES | {"iBOT": "d"}
