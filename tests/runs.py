@@ -35,6 +35,17 @@ TINY = [
     *("--trainer.check_val_every_n_epoch=1", "--trainer.enable_model_summary=false"),
     "--checkpoint.every_n_steps=1",
 ]
+# Two epochs of four steps; the last layer rests in the first.
+DINO_RUN = [
+    *("--config", str(EXPERIMENTS / "quickstart" / "dino.yaml")),
+    *("--config", str(EXPERIMENTS / "dino" / "smoke.yaml")),
+    *("--model.init_args.freeze_last_layer=1", "--data.init_args.num_local=2"),
+    "--data.init_args.local_size=16",
+    "--model.init_args.koleo=0",  # which looks at the images of one device
+    *("--trainer.max_epochs=2", "--trainer.max_steps=-1", "--trainer.limit_val_batches=0"),
+    *("--trainer.num_sanity_val_steps=0", "--trainer.callbacks=null", "--checkpoint.monitor=null"),
+    *("--trainer.enable_progress_bar=false", "--checkpoint.every_n_steps=1"),
+]
 
 
 class Warm:

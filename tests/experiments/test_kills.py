@@ -6,18 +6,25 @@ from pathlib import Path
 
 import pytest
 
-from tests.experiments.test_dino_runs import RUN as DINO
 from tests.experiments.test_mae_runs import RUN as MAE
 from tests.experiments.test_packed_runs import PACKED
 from tests.experiments.test_resume import same_end
-from tests.runs import EXPERIMENTS, TINY, last_checkpoint, logged_losses, only_run, patchlight
+from tests.runs import (
+    DINO_RUN,
+    EXPERIMENTS,
+    TINY,
+    last_checkpoint,
+    logged_losses,
+    only_run,
+    patchlight,
+)
 
 DROP = "--model.init_args.backbone.init_args.drop_path=0.3"
 RUNS = {
     "supervised": [*TINY],
     "packed": [*PACKED],
     "mae": [*MAE, DROP],
-    "dino": [*DINO, DROP, "--model.init_args.masked_patches={num_prototypes: 32}"],
+    "dino": [*DINO_RUN, DROP, "--model.init_args.masked_patches={num_prototypes: 32}"],
     "moco": [
         *("--config", str(EXPERIMENTS / "moco" / "vit_s16.yaml")),
         *("--config", str(EXPERIMENTS / "moco" / "smoke.yaml"), DROP),

@@ -9,7 +9,6 @@ from PIL import Image
 from experiments.look import look
 from modules import LinearProbe, Supervised
 from tests.experiments.test_recipes import fit
-from tests.experiments.test_resume import losses_on_one_and_two
 from tests.runs import EXPERIMENTS, differences, last_checkpoint, only_run, patchlight
 
 # Two epochs of four steps.
@@ -31,14 +30,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = patchlight("fit", *RUN, drop, cwd=directory)
     assert done.returncode == 0, done.stderr
     return only_run(directory)
-
-
-@pytest.mark.slow
-def test_two_processes_follow_one(tmp_path: Path) -> None:
-    one, two = losses_on_one_and_two(tmp_path, *RUN)
-    assert len(one) == 8
-    assert len({round(loss, 3) for loss in one.values()}) > 4
-    assert two == pytest.approx(one, abs=1e-5)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from experiments.translate import translate
-from tests.experiments.test_resume import logged_losses, losses_on_one_and_two, same_end
+from tests.experiments.test_resume import logged_losses, same_end
 from tests.runs import EXPERIMENTS, last_checkpoint, only_run, patchlight
 
 # Two epochs of four steps, half of the decoder's inputs its own.
@@ -58,11 +58,3 @@ def test_killed_and_resumed_bit_by_bit_then_asked_to_translate(
         translate(["-c", str(other), "six"])
     with pytest.raises(FileNotFoundError, match=r"there is no checkpoint at nowhere.ckpt"):
         translate(["-c", "nowhere.ckpt", "six"])
-
-
-@pytest.mark.slow
-def test_two_processes_follow_one(tmp_path: Path) -> None:
-    one, two = losses_on_one_and_two(tmp_path, *RUN)
-    assert len(one) == 8
-    assert len({round(loss, 3) for loss in one.values()}) > 4
-    assert two == pytest.approx(one, abs=1e-5)

@@ -12,10 +12,17 @@ from modules import DINO, LinearProbe, Supervised
 from modules.backbones import Timm, ViT
 from modules.optim import Optimization
 from modules.sharding import check, units
-from tests.experiments.test_dino_runs import RUN as DINO_RUN
 from tests.experiments.test_mae_runs import RUN as MAE_RUN
 from tests.experiments.test_resume import losses_on_one_and_two
-from tests.runs import TINY, differences, last_checkpoint, logged_losses, only_run, patchlight
+from tests.runs import (
+    DINO_RUN,
+    TINY,
+    differences,
+    last_checkpoint,
+    logged_losses,
+    only_run,
+    patchlight,
+)
 
 STILL = [
     *("--model.init_args.backbone.init_args.dropout=0",),
