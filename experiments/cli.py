@@ -62,6 +62,7 @@ from experiments.start import CONFIG, take, take_weights
 from experiments.sweep import RESULT, sweep
 from experiments.translate import translate
 from modules.backbones import Backbone
+from modules.synced import Synced
 
 EXPERIMENTS = Path(__file__).parent
 BASE = EXPERIMENTS / "base.yaml"
@@ -198,7 +199,8 @@ class PatchlightCLI(LightningCLI):
         if given.get("enable_progress_bar") is not False:
             callbacks.append(RichProgressBar(leave=False))
         kwargs["callbacks"] = [*(given.get("callbacks") or []), *callbacks]
-        kwargs["plugins"] = [*(given.get("plugins") or []), AtomicCheckpointIO()]
+        synced = [Synced()] if given.get("sync_batchnorm") else []
+        kwargs["plugins"] = [*(given.get("plugins") or []), AtomicCheckpointIO(), *synced]
         if self.subcommand == "fit" and given.get("logger") is None:
             kwargs["logger"] = self.logger()
         elif self.subcommand != "fit":

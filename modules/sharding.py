@@ -50,6 +50,8 @@ class Sharded(ModelParallelStrategy):
         assert self.accelerator is not None
         check(method, trainer)
         self.accelerator.setup(trainer)
+        if trainer.state.fn == "fit" and self._layer_sync is not None:
+            self._layer_sync.apply(method)
         self.model_to_device()  # what is spread out below is on its device
         for network in method.children():
             if isinstance(network, AroundBackbone):
