@@ -3,7 +3,7 @@
     patchlight fit --config RECIPE [--key value ...]   train
     patchlight fit --config RECIPE --weights CHECKPOINT    train from weights, of any method
     patchlight fit --resume RUN                        go on with a run that was stopped
-    patchlight fit --config RECIPE --run RUN           the same if it was begun, else begin it there
+    patchlight fit --config RECIPE --into RUN          the same if it was begun, else begin it there
     patchlight validate --config RUN/config.yaml --ckpt_path RUN/checkpoints/best.ckpt
     patchlight check-data DIR                          find unreadable images beforehand
     patchlight backbones [FAMILY | timm:PATTERN]       what there is, and what it costs
@@ -282,7 +282,7 @@ def announce_end(trainer: Trainer) -> None:
 def take_run(arguments: list[str]) -> tuple[list[str], Path | None, bool]:
     """Turn `fit --resume RUN` into the run's config and its last checkpoint.
 
-    `--run RUN` is the same where RUN has a checkpoint, so that a job that is started again goes
+    `--into RUN` is the same where RUN has a checkpoint, so that a job that is started again goes
     on; else the run begins there, as its recipe says.
 
     Returns:
@@ -293,11 +293,11 @@ def take_run(arguments: list[str]) -> tuple[list[str], Path | None, bool]:
     """
     verb, *rest = arguments
     rest, resumed = take(rest, "--resume")
-    rest, fixed = take(rest, "--run")
+    rest, fixed = take(rest, "--into")
     if not resumed and not fixed:
         return arguments, None, False
     if resumed and fixed:
-        raise ValueError("--resume goes on with a run and --run may begin one; give one of them")
+        raise ValueError("--resume goes on with a run and --into may begin one; give one of them")
     run = Path((resumed or fixed)[-1])
     last = run / "checkpoints" / LAST
     if fixed:

@@ -7,12 +7,16 @@ without sharding.
 """
 
 import re
+from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 
 from modules.networks import AroundBackbone
 
@@ -61,6 +65,57 @@ class Sharded(ModelParallelStrategy):
         if trainer.state.fn == "fit":
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
+
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Each device takes its parts.
+
+        Raises:
+            ValueError: a checkpoint of another network.
+        """
+        model = self.model
+        assert model is not None
+        path = self.broadcast(checkpoint_path)
+        checkpoint: dict[str, Any] = torch.load(path, "cpu", mmap=True, weights_only=True)
+        kept, own = set(checkpoint["state_dict"]), set(model.state_dict())
+        if kept != own:
+            other = sorted(kept ^ own)
+            raise ValueError(
+                f"{path} is of another network: {len(other)} tensors are in one of them "
+                f"only, such as {', '.join(other[:3])}; resume with the run's own config"
+            )
+        with torch.no_grad():
+            for name, tensor in model.state_dict().items():
+                tensor.copy_(own_part(checkpoint["state_dict"][name], tensor))
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            take_state(optimizer, saved)
+        return checkpoint
+
+
+def own_part(whole: Tensor, like: Tensor) -> Tensor:
+    """Of a whole tensor what this device has of one like it."""
+    if not isinstance(like, DTensor):
+        return whole.to(like.device)
+    whole = whole.to(like.device)
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def take_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """The state of whole tensors, of a sharded run or of another, as torch numbers it.
+
+    A weight that had no gradient yet, as DINO's last layer at first, goes on without state, which
+    torch's own loading would begin with a step of zeros.
+    """
+    optimizer.state.clear()
+    for group, kept in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        group.update({name: value for name, value in kept.items() if name != "params"})
+        for parameter, key in zip(group["params"], kept["params"], strict=True):
+            if key in saved["state"]:
+                optimizer.state[parameter] = {
+                    name: own_part(value, parameter) if value.shape == parameter.shape else value
+                    for name, value in saved["state"][key].items()
+                }
 
 
 def spread(network: AroundBackbone, mesh: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import modules
 from experiments import cli
 
-RUN = Path(sys.argv[sys.argv.index("--run") + 1]) if "--run" in sys.argv else Path()
+RUN = Path(sys.argv[sys.argv.index("--into") + 1]) if "--into" in sys.argv else Path()
 
 
 def main() -> int:

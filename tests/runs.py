@@ -63,14 +63,14 @@ class Warm:
         )
 
     def run(
-        self, arguments: Sequence[str], cwd: Path, doom: tuple[int, int] | None
+        self, arguments: Sequence[str], cwd: Path, doom: tuple[int, int] | None, ranks: int
     ) -> subprocess.CompletedProcess[str]:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         with tempfile.TemporaryDirectory() as directory:
             said = {name: str(Path(directory) / name) for name in ("stdout", "stderr")}
             request = {"arguments": arguments, "cwd": str(cwd), "environment": environment()}
-            request["doom"] = doom
+            request |= {"doom": doom, "ranks": ranks}
             print(json.dumps(request | said), file=self.process.stdin, flush=True)
             if not select.select([self.process.stdout], [], [], TIMEOUT)[0]:
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -91,10 +91,19 @@ def environment() -> dict[str, str]:
 
 
 def patchlight(
-    *arguments: str, cwd: Path, kill_at: int | None = None, with_signal: int = signal.SIGKILL
+    *arguments: str,
+    cwd: Path,
+    kill_at: int | None = None,
+    with_signal: int = signal.SIGKILL,
+    launched: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command in its own process; with `kill_at`, it gets a signal in that step."""
-    return warm().run(arguments, cwd, None if kill_at is None else (kill_at, int(with_signal)))
+    """Run the command in its own process; with `kill_at`, it gets a signal in that step.
+
+    With `--trainer.devices=2` it runs in two, unless Lightning is to launch the second.
+    """
+    doom = None if kill_at is None else (kill_at, int(with_signal))
+    ranks = 2 if "--trainer.devices=2" in arguments and not launched else 1
+    return warm().run(arguments, cwd, doom, ranks)
 
 
 def only_run(directory: Path) -> Path:

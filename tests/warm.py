@@ -1,16 +1,22 @@
 """Runs the command in forks of a process that has imported everything already.
 
 Importing torch and Lightning takes longer than most runs of the tests. A line of standard input is
-a request (JSON), a line of standard output its exit code.
+a request (JSON), a line of standard output its exit code. The ranks of a run on several devices
+are forks as well, where Lightning would start all but the first anew.
 """
 
 import json
 import os
+import signal
+import socket
 import sys
+import time
 from typing import Any
 
 from experiments import cli
 from tests.killed import doom
+
+GRACE = 20  # seconds
 
 
 def become(request: dict[str, Any]) -> None:
@@ -19,7 +25,7 @@ def become(request: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
-        file = os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        file = os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, descriptor)
     sys.argv = [str(cli.__file__), *request["arguments"]]
     sys.modules["__main__"] = cli  # what Lightning starts further processes of
@@ -27,15 +33,50 @@ def become(request: dict[str, Any]) -> None:
         doom(*request["doom"])
 
 
+def place(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """What Lightning's launcher would tell a rank."""
+    if ranks == 1:
+        return {}
+    given = {"LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": ranks, "MASTER_PORT": port}
+    return {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in given.items()}
+
+
+def free_port() -> int:
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return int(opened.getsockname()[1])
+
+
+def wait_for(children: list[int]) -> int:
+    """The exit code of the first; when one has failed, the others have some seconds left."""
+    codes: dict[int, int] = {}
+    deadline = float("inf")
+    while len(codes) < len(children):
+        for child in (child for child in children if child not in codes):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                codes[child] = os.waitstatus_to_exitcode(status)
+                if codes[child]:
+                    deadline = min(deadline, time.monotonic() + GRACE)
+            elif time.monotonic() > deadline:
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.02)
+    return codes[children[0]]
+
+
 def serve() -> int | None:
     """The exit code in a fork that has run its command, None at the end of the requests."""
     for line in sys.stdin:
-        child = os.fork()
-        if child == 0:
-            become(json.loads(line))
-            return cli.main()
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        request = json.loads(line)
+        ranks, port, children = request["ranks"], free_port(), []
+        for rank in range(ranks):
+            child = os.fork()
+            if child == 0:
+                request["environment"] |= place(rank, ranks, port)
+                become(request)
+                return cli.main()
+            children.append(child)
+        print(wait_for(children), flush=True)
     return None
 
 

@@ -18,7 +18,7 @@
 set -uo pipefail
 run=$1
 shift
-srun --kill-on-bad-exit=1 python -m experiments.cli fit "$@" --run "$run" \
+srun --kill-on-bad-exit=1 python -m experiments.cli fit "$@" --into "$run" \
     --trainer.devices "$SLURM_NTASKS_PER_NODE" --trainer.num_nodes "$SLURM_NNODES"
 code=$?
 # 143 says that the run was stopped by SIGTERM, with its checkpoint written, and is not finished.

@@ -13,7 +13,9 @@ run=$1
 shift
 nodes=${NODES:-1}
 each=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
+# With a store shared by all attempts, a restarted rank may find the addresses of dead ones.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec torchrun --nnodes "$nodes" --nproc-per-node "$each" --max-restarts "${RESTARTS:-3}" \
     --rdzv-backend c10d --rdzv-endpoint "${HEAD:-localhost}:${PORT:-29400}" --rdzv-id "$(basename "$run")" \
-    -m experiments.cli fit "$@" --run "$run" \
+    -m experiments.cli fit "$@" --into "$run" \
     --trainer.devices "$each" --trainer.num_nodes "$nodes"

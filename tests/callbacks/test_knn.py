@@ -249,7 +249,7 @@ def test_two_devices_find_what_one_finds(tmp_path: Path) -> None:
             "validate",
             *("--config", str(run / "config.yaml"), "--data.init_args.batch_size=2"),
             *("--ckpt_path", str(run / "checkpoints" / "last.ckpt")),
-            *("--trainer.devices", devices, "--trainer.strategy", "ddp"),
+            *(f"--trainer.devices={devices}", "--trainer.strategy=ddp"),
             cwd=tmp_path,
         )
         assert done.returncode == 0, done.stderr

@@ -158,7 +158,7 @@ def test_two_processes_evaluate_like_one(finished: tuple[Path, str], tmp_path: P
             "validate",
             *("--config", str(run / "config.yaml")),
             *("--ckpt_path", str(run / "checkpoints" / "last.ckpt")),
-            *("--trainer.devices", devices, "--trainer.strategy", "ddp"),
+            *(f"--trainer.devices={devices}", "--trainer.strategy=ddp"),
             *("--data.init_args.batch_size", "2"),
             cwd=tmp_path,
         )

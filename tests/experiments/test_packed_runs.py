@@ -64,7 +64,7 @@ def test_two_processes_train_and_evaluate_like_one(tmp_path: Path) -> None:
             "validate",
             *("--config", str(runs[0] / "config.yaml")),
             *("--ckpt_path", str(runs[0] / "checkpoints" / "last.ckpt")),
-            *("--trainer.devices", devices, "--trainer.strategy", "ddp"),
+            *(f"--trainer.devices={devices}", "--trainer.strategy=ddp"),
             *("--data.init_args.num_rows", "1"),
             cwd=tmp_path,
         )

@@ -51,14 +51,31 @@ def test_two_sharded_devices_follow_one_and_resume(tmp_path: Path, name: str) ->
     killed.mkdir()
     arguments = [*RUNS[name], "--trainer.devices=2", "--data.init_args.batch_size=2"]
     arguments += ["--trainer.strategy=sharded"]
-    patchlight("fit", *arguments, "--trainer.max_steps=3", cwd=killed)
+    patchlight("fit", *arguments, cwd=killed, kill_at=3)
     run = only_run(killed)
     assert last_checkpoint(run)["global_step"] == 3
-    resume = ["--resume", str(run), "--trainer.max_steps=-1"]
-    done = patchlight("fit", *resume, cwd=killed)
+    done = patchlight("fit", "--resume", str(run), cwd=killed)
     assert done.returncode == 0, done.stderr
     assert differences(last_checkpoint(run)["state_dict"], ends[1]) == []
     assert logged_losses(run) == two
+
+
+@pytest.mark.slow
+def test_what_one_strategy_began_the_other_goes_on_with(tmp_path: Path) -> None:
+    """With the optimizer's state of every weight, whose order is not that of the network."""
+    arguments = [*RUNS["dino"], "--trainer.devices=2", "--data.init_args.batch_size=2"]
+    losses = []
+    for name, first, then in (("a", "ddp", "sharded"), ("b", "sharded", "ddp")):
+        (tmp_path / name).mkdir()
+        begin = [*arguments, f"--trainer.strategy={first}"]
+        patchlight("fit", *begin, cwd=tmp_path / name, kill_at=3)
+        run = only_run(tmp_path / name)
+        goes_on = ["--resume", str(run), f"--trainer.strategy={then}"]
+        done = patchlight("fit", *goes_on, cwd=tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        losses.append(logged_losses(run))
+    assert len(losses[0]) == 8
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 def test_units_are_blocks() -> None:
