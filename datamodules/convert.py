@@ -22,6 +22,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from PIL import Image
 
+from datamodules.fetch import digest_of
 from datamodules.folder import decode
 from datamodules.progress import Bar
 from datamodules.sampling import epoch_order
@@ -200,15 +201,14 @@ def part_index(out: Path, part: str) -> dict[str, Any]:
     tables = [
         np.load(work / f"{part}-{i:06d}.npy", allow_pickle=False) for i in range(len(records))
     ]
-    members = f"{part}/members.npy"
-    np.save(out / members, np.concatenate(tables) if tables else np.array([], MEMBER))
-    content = (out / members).read_bytes()
+    members = out / part / "members.npy"
+    np.save(members, np.concatenate(tables) if tables else np.array([], MEMBER))
     return {
         "shards": [{k: r[k] for k in ("name", "samples", "bytes", "sha256")} for r in records],
         "members": {
-            "name": members,
-            "bytes": len(content),
-            "sha256": hashlib.sha256(content).hexdigest(),
+            "name": f"{part}/{members.name}",
+            "bytes": members.stat().st_size,
+            "sha256": digest_of(members),
         },
     }
 

@@ -55,14 +55,14 @@ def decode(file: Path | BytesIO, channels: int, name: str | None = None) -> np.n
         return with_channels(to_array(image), channels)
 
 
-def read_size(path: Path) -> tuple[int, int]:
+def read_size(file: Path | BytesIO, name: str | None = None) -> tuple[int, int]:
     """(height, width) in pixels of what `decode` gives, from the header of the file.
 
     Raises:
         BadImageError: missing, absurdly large, or no image. That the pixels after a sound header
             are damaged shows only when they are decoded.
     """
-    with opening(path) as opened:
+    with opening(file, name) as opened:
         refuse_floats(opened)
         width, height = opened.size
         if isinstance(opened, TiffImageFile):  # Pillow's size may be turned already
@@ -74,7 +74,7 @@ def read_size(path: Path) -> tuple[int, int]:
     return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
 
 
-def has_late_exif(file: IO[bytes]) -> bool:
+def has_late_exif(file: IO[bytes] | BytesIO) -> bool:
     """Whether a PNG says behind its pixels, or may say, how it is to be turned."""
     place, behind = file.tell(), False
     file.seek(8)

@@ -3,6 +3,7 @@
     patchlight shard --data DIRECTORY --out SHARDS [--shard-size 256M] [--workers N]
     patchlight shard --data torchvision:NAME --root DIRECTORY --out SHARDS
     patchlight shard --data RECIPE.yaml --out SHARDS
+    patchlight shard --index DIRECTORY    with train/*.tar and val/*.tar, written by others
 
 Image files are copied as they are; what is no file becomes PNG. Images that cannot be read are
 left out and listed in SHARDS/unreadable.txt. Given again after it was stopped, the same command
@@ -21,7 +22,8 @@ from typing import Any
 from rich.console import Console
 
 from datamodules.convert import WORK, convert
-from datamodules.fetch import bytes_of, is_url
+from datamodules.fetch import bytes_of
+from datamodules.foreign import index_tars
 from datamodules.shards import INDEX, holds_shards
 from datamodules.sources import Source, open_source
 from experiments.subject import read_yaml
@@ -31,9 +33,11 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="patchlight shard", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
     )
-    made.add_argument("--data", required=True, help="a directory, a list file, a source or recipe")
+    what = made.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", help="a directory, a list file, a source or recipe")
+    what.add_argument("--index", type=Path, help="a directory of tar files in WebDataset's layout")
     made.add_argument("--root", help="where the files of a named source are")
-    made.add_argument("--out", type=Path, required=True, help="a new directory")
+    made.add_argument("--out", type=Path, help="a new directory, with --data")
     made.add_argument("--shard-size", default="256M", help="of a tar file (default: 256M)")
     made.add_argument(
         "--workers", type=int, default=os.cpu_count(), help="threads that decode; all cores"
@@ -61,7 +65,7 @@ def source_of(data: str, root: str | None) -> dict[str, Any]:
         if root is not None:
             raise ValueError(f"--root {root} is for a named source, and --data {data} is files")
         return {"name": "shards" if holds_shards(data) else "folder", "root": data}
-    if path.suffix or len(path.parts) > 1 or is_url(data):
+    if path.suffix or "/" in data:
         raise ValueError(
             f"--data {data} does not exist; expected a directory, a source or a recipe"
         )
@@ -85,6 +89,10 @@ def shard(argv: Sequence[str]) -> int:
     if shard_size > 2**31:
         raise ValueError(f"--shard-size {given.shard_size}; expected at most 2G")
     console = Console(stderr=True, highlight=False, soft_wrap=True)
+    if given.index is not None:
+        return add_index(given.index, console)
+    if given.out is None:
+        raise ValueError("--data needs --out, the directory to write to")
     if (given.out / INDEX).is_file():
         raise ValueError(
             f"--out {given.out} is finished already: it has an {INDEX}; use it as it is, or name "
@@ -96,16 +104,32 @@ def shard(argv: Sequence[str]) -> int:
     root = str(Path(arguments["root"] or ".").expanduser().absolute())
     parts = open_parts(arguments)
     bad = convert(parts, given.out, shard_size, given.workers, {"source": arguments}, root)
+    tell_bad(bad, console)
+    if bad:
+        console.print(f"they are listed in {given.out / 'unreadable.txt'}", markup=False)
+    report(given.out, sum(map(len, parts.values())) - len(bad))
+    return 0
+
+
+def add_index(root: Path, console: Console) -> int:
+    """`--index`."""
+    found = index_tars(root)
+    tell_bad(found.bad, console)
+    for suffix, count in found.ignored.most_common():
+        console.print(f"never opened: {count:,} members of kind {suffix}", markup=False)
+    console.print(
+        "images are shuffled within source_args.shuffle_shards shards at a time, so shards that "
+        "hold few classes each train badly; `--data` would mix them"
+    )
+    report(root, found.images)
+    return 0
+
+
+def tell_bad(bad: list[tuple[str, str]], console: Console) -> None:
     for name, why in bad[:20]:
         console.print(f"left out: {name} ({why})", markup=False)
     if bad:
-        console.print(
-            f"{len(bad):,} images could not be read and were left out; they are listed in "
-            f"{given.out / 'unreadable.txt'}",
-            markup=False,
-        )
-    report(given.out, sum(map(len, parts.values())) - len(bad))
-    return 0
+        console.print(f"{len(bad):,} images could not be read and were left out", markup=False)
 
 
 def report(out: Path, images: int) -> None:

@@ -1,15 +1,18 @@
 """Shards: written, read in place and from a server, in an order that resumes anywhere."""
 
+import gzip
 import itertools
 import json
 import os
 import pickle
 import shutil
+import tarfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,8 @@ from datamodules import ImageDataModule, MultiCropDataModule, PackedDataModule, 
 from datamodules.check import main as check_data
 from datamodules.convert import convert
 from datamodules.fetch import Files, Stored, bytes_of, said
+from datamodules.folder import decode
+from datamodules.foreign import index_tars
 from datamodules.module import Needs
 from datamodules.packing import Resolution
 from datamodules.sampling import Ahead, Groups, TrainBatches, grouped_order
@@ -104,8 +109,6 @@ def test_training_images_are_mixed_over_the_shards(folder: Path, shards: Path) -
 
 
 def test_other_programs_read_the_shards(shards: Path, tmp_path: Path) -> None:
-    import tarfile
-
     with tarfile.open(shards / "train" / "000001.tar") as tar:
         names = tar.getnames()
         assert all(
@@ -615,3 +618,60 @@ def test_table_rows_are_small() -> None:
     files = Files("https://host/data/", None, 1)
     assert files.where("train/000000.tar") == "https://host/data/train/000000.tar"
     assert Stored("a", 1, "b") == ("a", 1, "b")
+
+
+def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, BytesIO(content))
+
+
+def foreign(root: Path, images: list[Path], label: str = "cls") -> Path:
+    """Tar files of others, with a pickle beside every image."""
+    for part in ("train", "val"):
+        (root / part).mkdir(parents=True)
+        for number in range(2):
+            with tarfile.open(root / part / f"{number}.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+                for i, path in enumerate(images[number::2]):
+                    text = f"{i % 3}" if label == "cls" else json.dumps({"label": f"x{i % 3}"})
+                    add(tar, f"./a/é{i}.{label}", text.encode())
+                    add(tar, f"./a/é{i}.{path.suffix[1:].upper()}", path.read_bytes())
+                    for suffix in ("pyd", "pth", "pkl", "seg.pickle"):
+                        add(tar, f"./a/é{i}.{suffix}", pickle.dumps(Trap()))
+    return root
+
+
+@pytest.mark.parametrize("label", ["cls", "json"])
+def test_tar_files_of_others_get_an_index_and_their_pickles_stay_shut(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, label: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    images = sorted((folder / "train").rglob("*.*"))[:16]
+    root = foreign(tmp_path / "foreign", images, label)
+    found = index_tars(root)
+    assert found.images == 32
+    assert found.bad == []
+    assert found.ignored == {".pyd": 32, ".pth": 32, ".pkl": 32, ".pickle": 32}
+    source = open_source("shards", "train", str(root))
+    assert source.class_names == (("0", "1", "2") if label == "cls" else ("x0", "x1", "x2"))
+    for i, path in enumerate([*images[0::2], *images[1::2]]):
+        assert np.array_equal(source[i].image, decode(path, 3))
+        assert source[i].label == i % 8 % 3
+        assert source.size(i) == source[i].image.shape[:2]
+    assert check_data([str(root), "--workers", "1"]) == 0
+    assert not (tmp_path / "sprung").exists()
+    with pytest.raises(ValueError, match=r"index\.json is there already"):
+        index_tars(root)
+
+
+def test_tar_files_that_cannot_be_indexed(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no \.tar files in .*train; expected train/ and val/"):
+        index_tars(tmp_path)
+    root = foreign(tmp_path / "foreign", sorted((folder / "train").rglob("*.png"))[:4])
+    with tarfile.open(root / "train" / "0.tar", "a") as tar:
+        add(tar, "b.png", (folder / "train" / "ant" / "002.png").read_bytes())
+    with pytest.raises(ValueError, match=r"some images of .* have a label and some have none"):
+        index_tars(root)
+    (root / "val" / "1.tar").write_bytes(gzip.compress((root / "val" / "0.tar").read_bytes()))
+    with pytest.raises(ValueError, match=r"1\.tar is no plain tar file"):
+        index_tars(root)
