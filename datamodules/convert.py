@@ -175,21 +175,17 @@ def write_part(
     records = finished(work, part)
     done = int(records[-1]["done"]) if records else 0
     bar.advance(done)
-    written = sum(int(record["samples"]) for record in records)
-
-    def start(number: int, done: int, written: int) -> Writer:
-        return Writer(out / part / f"{number:06d}.tar", work, done, written)
-
-    writer = start(len(records), done, written)
+    number, written = len(records), sum(int(record["samples"]) for record in records)
+    names = tuple(source.class_names)
+    writer = Writer(out / part / f"{number:06d}.tar", work, done, written)
     for entry in entries(source, order[done:], workers, root):
-        writer.add(entry, tuple(source.class_names))
+        writer.add(entry, names)
         bar.advance()
         if writer.size >= shard_size:
             writer.close()
-            written += len(writer.members)
-            records = finished(work, part)
-            writer = start(len(records), writer.done, written)
-    if writer.members or writer.bad or not records:
+            number, written = number + 1, written + len(writer.members)
+            writer = Writer(out / part / f"{number:06d}.tar", work, writer.done, written)
+    if writer.members or writer.bad:
         writer.close()
     writer.file.close()
 
@@ -278,7 +274,7 @@ def convert(
                 f"none of the {told['images'][part]:,} {part} images can be read, the first is "
                 f"{bad[0][0]} ({bad[0][1]}); `patchlight check-data` lists them"
             )
-    index = {"format": FORMAT, "class_names": told["class_names"], "parts": parts, "made_of": told}
+    index = {"format": FORMAT, "class_names": told["class_names"], "parts": parts}
     (out / "unreadable.txt").write_text(
         "".join(f"{name}\t{why}\n" for name, why in bad),
         encoding="utf-8",
@@ -304,7 +300,7 @@ def begin(out: Path, told: dict[str, Any]) -> None:
                     f"command to go on with it, or remove the directory"
                 )
         return
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and any(path.name != WORK for path in out.iterdir()):
         raise ValueError(f"--out {out} is not empty; expected a new directory")
     plan.parent.mkdir(parents=True, exist_ok=True)
     write_whole(plan, json.dumps(told).encode())

@@ -142,7 +142,7 @@ def insist(url: str, read: Callable[[Readable], T]) -> T:
                 break
     raise ValueError(
         f"{url} could not be fetched in {attempt + 1} tries: {last}; check that it is there, whole "
-        f"and readable from this machine, then go on with `patchlight fit --resume RUN`"
+        f"and readable from this machine; `patchlight fit --resume RUN` goes on with a run"
     ) from last
 
 

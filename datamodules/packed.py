@@ -157,8 +157,8 @@ class PackedDataModule(SourceDataModule):
     An image's side is the square root of its area in pixels.
 
     Args:
-        source: "digits" or "shapes" (embedded), "folder", or "torchvision:NAME".
-        root: directory (or list file) of the source; the embedded ones have none.
+        source: "digits" or "shapes" (embedded), "folder", "shards", or "torchvision:NAME".
+        root: directory (or list file, or URL of shards) of the source; the embedded have none.
         source_args: further arguments of the source.
         channels: 1 or 3 channels of the images.
         num_rows: rows of tokens in a batch of one device.

@@ -134,7 +134,8 @@ class Shards:
     time: see `groups`.
 
     Args:
-        cache: directory for fetched shards; null for one beside Patchlight's other caches.
+        cache: directory for fetched shards, best on a disk of the machine itself; null for one
+            beside Patchlight's other caches (PATCHLIGHT_CACHE, or ~/.cache/patchlight).
         cache_size: bytes of shards that it may hold, such as 200G. As large as the data, it
             fetches them once; else in every epoch.
         shuffle_shards: shards whose images are shuffled together; shards themselves always are.

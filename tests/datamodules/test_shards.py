@@ -1,5 +1,6 @@
 """Shards: written, read in place and from a server, in an order that resumes anywhere."""
 
+import errno
 import gzip
 import itertools
 import json
@@ -161,6 +162,20 @@ def test_unreadable_images_are_left_out_and_listed(folder: Path, tmp_path: Path)
     assert name == "train/bee/003.jpeg"
     assert (out / "unreadable.txt").read_text().startswith("train/bee/003.jpeg\t")
     assert len(open_source("shards", "train", str(out))) == 95
+
+
+def test_a_full_disk_is_said_and_the_conversion_goes_on(
+    folder: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(ValueError, match=r"no space left in .*; make room and give the same"):
+            write_shards(folder, tmp_path / "out")
+    write_shards(folder, tmp_path / "out")
+    assert (tmp_path / "out" / "index.json").read_bytes() == (shards / "index.json").read_bytes()
 
 
 def test_arrays_become_png(tmp_path: Path) -> None:
