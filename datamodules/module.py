@@ -133,15 +133,19 @@ class SourceDataModule(PlacedDataModule):
     def num_machines(self) -> int:
         return 1 if self.trainer is None else int(self.trainer.num_nodes)
 
-    def grouping(self, lanes: int) -> dict[str, int]:
-        """What else the order of images depends on where they lie in files of many."""
+    def grouping(self, lanes: int | None = None) -> dict[str, int]:
+        """What else the order of images depends on where they lie in files of many.
+
+        Args:
+            lanes: machines that read files of their own; None for all.
+        """
         if not isinstance(self.train_source, Grouped):
             return {}
         starts, together = self.train_source.groups
         return {
             "checksum of the shards' lengths": zlib.crc32(starts.astype(np.int64).tobytes()),
             "source_args.shuffle_shards": together,
-            "machines that read shards of their own": lanes,
+            "machines that read shards of their own": lanes or self.num_machines(),
         }
 
     def prepare_data(self) -> None:

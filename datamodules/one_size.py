@@ -149,7 +149,7 @@ class OneSizeDataModule(SourceDataModule):
                 "images in a global batch": self.batch_size * world_size,
                 "batches in an epoch": per_epoch,
                 "repeats": repeats,
-                **self.grouping(self.num_machines()),
+                **self.grouping(),
             }
         )
         place = (*size, batches_done, per_epoch, repeats)
