@@ -5,8 +5,9 @@
     packed.py     PackedDataModule     images in their own aspect and many sizes, packed into rows
     text.py       TextDataModule       pairs of texts, generated or from a file
 
-and what they are made of: `sources`, `sizes`, `pairs`, `vocabulary`, `sampling`, `placed`,
-`one_size`, `geometry`, `views`, `photometric`, `augment`, `packing`, `rows`, `batch`.
+and what they are made of: `sources`, `shards`, `fetch`, `convert`, `foreign`, `sizes`, `pairs`,
+`vocabulary`, `sampling`, `placed`, `one_size`, `geometry`, `views`, `photometric`, `augment`,
+`packing`, `rows`, `batch`.
 """
 
 from datamodules.images import ImageDataModule

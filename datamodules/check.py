@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +18,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
+from datamodules.fetch import digest_of
 from datamodules.folder import Folder, decode
 from datamodules.index import Index, open_index
+from datamodules.progress import Bar
+from datamodules.shards import Shards, holds_shards
 from datamodules.sources import BadImageError
 
 
@@ -65,19 +69,16 @@ class Everything:
 
     index: Index
     channels: int = 3
-    labelled: bool = True
 
     @property
     def class_names(self) -> tuple[str, ...]:
         return self.index.names
 
-    @property
-    def rows(self) -> np.ndarray:
-        return np.arange(len(self.index))
+    def label(self, index: int) -> int:
+        return int(self.index.groups[index])
 
-    @property
-    def ids(self) -> np.ndarray:
-        return np.arange(len(self.index.names))
+    def stored(self, index: int) -> bytes:
+        return self.index.path(index).read_bytes()
 
     def __len__(self) -> int:
         return len(self.index)
@@ -86,7 +87,7 @@ class Everything:
         return str(self.index.path(index))
 
 
-Folders = dict[str, Folder | Everything]
+Folders = dict[str, Folder | Everything | Shards]
 FOLDERS: Folders = {}  # of a worker, given once: an index is too large for each task
 
 
@@ -97,24 +98,27 @@ def remember(folders: Folders) -> None:
 def examine(split: str, index: int) -> Finding:
     """Decode one image of `FOLDERS` completely."""
     folder = FOLDERS[split]
-    name = folder.describe(index)
-    row = int(folder.rows[index])
-    group = int(folder.index.groups[row])
-    label = int(folder.ids[group]) if folder.labelled and group >= 0 else -1
+    name, label = folder.describe(index), folder.label(index)
     try:
-        image = decode(Path(name), folder.channels)
-        with Image.open(name) as opened:
+        content = folder.stored(index)
+        image = decode(BytesIO(content), folder.channels, name)
+        with Image.open(BytesIO(content)) as opened:
             mode = opened.mode
-        digest = hashlib.blake2b(Path(name).read_bytes(), digest_size=16).digest()
+        digest = hashlib.blake2b(content, digest_size=16).digest()
     except BadImageError as error:
         return Finding(name, label, problem=error.reason)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: its shard is damaged or not there
         return Finding(name, label, problem=str(error))
     return Finding(name, label, image.shape[0], image.shape[1], mode, digest)
 
 
 def open_folders(root: str) -> tuple[Folders, str | None]:
-    """Both splits as source `folder` has them; or all images, and why it would refuse them."""
+    """Both splits as source `folder` has them; or all images, and why it would refuse them.
+
+    Shards as their source has them.
+    """
+    if holds_shards(root):
+        return {"train": Shards("train", root, 3), "val": Shards("val", root, 3)}, None
     try:
         return {"train": Folder("train", root, 3), "val": Folder("val", root, 3)}, None
     except ValueError as error:
@@ -133,13 +137,28 @@ def check_folders(folders: Folders, workers: int | None = None) -> dict[str, Spl
         task = progress.add_task("", total=total)
         reports: dict[str, SplitReport] = {}
         for split, folder in folders.items():
-            report = SplitReport(tuple(folder.class_names), folder.index.skipped)
+            skipped = 0 if isinstance(folder, Shards) else folder.index.skipped
+            report = SplitReport(tuple(folder.class_names), skipped)
             rows = range(len(folder))
             for finding in pool.map(examine, [split] * len(rows), rows, chunksize=16):
                 report.add(finding)
                 progress.advance(task)
             reports[split] = report
     return reports
+
+
+def damaged_shards(folders: Folders) -> list[str]:
+    """Names of the shards that are not what their index says."""
+    shards = [
+        (f.files, s.file) for f in folders.values() if isinstance(f, Shards) for s in f.shards
+    ]
+    with Bar("checksums of shards", len(shards)) as bar:
+        found = []
+        for files, file in shards:
+            if digest_of(files.path(file)) != file.sha256:
+                found.append(files.where(file.name))
+            bar.advance()
+    return found
 
 
 def printable(name: str) -> str:
@@ -211,13 +230,16 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="patchlight check-data", description="Decode every image of a folder and report."
     )
-    parser.add_argument("dir", help="a directory or list file, as source folder takes it")
+    parser.add_argument(
+        "dir", help="a directory or list file, as source folder takes it, or shards"
+    )
     parser.add_argument("--workers", type=int, help="processes; all cores by default")
     parser.add_argument("--bad-list", type=Path, help="write the unreadable paths here")
     given = parser.parse_args(argv)
     console = Console()
     try:
         folders, refused = open_folders(given.dir)
+        damaged = damaged_shards(folders)
     except ValueError as error:
         console.print(f"patchlight: {error}", markup=False)
         return 2
@@ -225,7 +247,10 @@ def main(argv: Sequence[str]) -> int:
     show(reports, console)
     if refused is not None:
         console.print(f"training would refuse this: {refused}", markup=False, soft_wrap=True)
+    for name in damaged:
+        said = f"{name} is not what index.json says: copy it again from where it was written"
+        console.print(said, markup=False, soft_wrap=True)
     problems = [name for report in reports.values() for name, _ in report.problems]
     if given.bad_list is not None:
         given.bad_list.write_bytes(b"".join(os.fsencode(name) + b"\n" for name in problems))
-    return 1 if problems or refused is not None else 0
+    return 1 if problems or damaged or refused is not None else 0

@@ -5,6 +5,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import IO
 
@@ -27,19 +28,20 @@ HELD_OUT = ("val", "validation", "valid", "test")
 
 
 @contextmanager
-def opening(path: Path) -> Iterator[Image.Image]:
+def opening(file: Path | BytesIO, name: str | None = None) -> Iterator[Image.Image]:
     """An image file; whatever is wrong with it within the block becomes `BadImageError`."""
+    name = str(file) if name is None else name
     try:
-        with Image.open(path) as opened:
+        with Image.open(file) as opened:
             yield opened
     except Image.DecompressionBombError as error:
-        raise BadImageError(str(path), f"too large to be decoded safely: {error}") from error
+        raise BadImageError(name, f"too large to be decoded safely: {error}") from error
     except (OSError, SyntaxError, ValueError, struct.error, EOFError) as error:
-        raise BadImageError(str(path), str(error) or type(error).__name__) from error
+        raise BadImageError(name, str(error) or type(error).__name__) from error
 
 
-def decode(path: Path, channels: int) -> np.ndarray:
-    """Read an image file as uint8 [h, w, channels], upright.
+def decode(file: Path | BytesIO, channels: int, name: str | None = None) -> np.ndarray:
+    """Read an image file, for people called `name`, as uint8 [h, w, channels], upright.
 
     The EXIF orientation is applied; transparency is put on white; CMYK and palettes become RGB;
     grey deeper than 8 bits is taken for 16 bits and scaled to 8.
@@ -47,20 +49,20 @@ def decode(path: Path, channels: int) -> np.ndarray:
     Raises:
         BadImageError: missing, truncated, absurdly large, or no image.
     """
-    with opening(path) as opened:
+    with opening(file, name) as opened:
         opened.load()
         image = ImageOps.exif_transpose(opened)
         return with_channels(to_array(image), channels)
 
 
-def read_size(path: Path) -> tuple[int, int]:
+def read_size(file: Path | BytesIO, name: str | None = None) -> tuple[int, int]:
     """(height, width) in pixels of what `decode` gives, from the header of the file.
 
     Raises:
         BadImageError: missing, absurdly large, or no image. That the pixels after a sound header
             are damaged shows only when they are decoded.
     """
-    with opening(path) as opened:
+    with opening(file, name) as opened:
         refuse_floats(opened)
         width, height = opened.size
         if isinstance(opened, TiffImageFile):  # Pillow's size may be turned already
@@ -72,7 +74,7 @@ def read_size(path: Path) -> tuple[int, int]:
     return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
 
 
-def has_late_exif(file: IO[bytes]) -> bool:
+def has_late_exif(file: IO[bytes] | BytesIO) -> bool:
     """Whether a PNG says behind its pixels, or may say, how it is to be turned."""
     place, behind = file.tell(), False
     file.seek(8)
@@ -189,9 +191,21 @@ class Folder:
 
     def __getitem__(self, index: int) -> Example:
         row = int(self.rows[index])
-        image = decode(self.index.path(row), self.channels)
-        label = int(self.ids[self.index.groups[row]]) if self.labelled else -1
-        return Example(image, label)
+        return Example(decode(self.index.path(row), self.channels), self.label(index))
+
+    def label(self, index: int) -> int:
+        return int(self.ids[self.index.groups[self.rows[index]]]) if self.labelled else -1
+
+    def stored(self, index: int) -> bytes:
+        """The content of an image's file.
+
+        Raises:
+            BadImageError: it cannot be read.
+        """
+        try:
+            return self.index.path(int(self.rows[index])).read_bytes()
+        except OSError as error:
+            raise BadImageError(self.describe(index), str(error)) from error
 
     def size(self, index: int) -> tuple[int, int]:
         return read_size(self.index.path(int(self.rows[index])))

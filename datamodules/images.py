@@ -16,8 +16,8 @@ class ImageDataModule(OneSizeDataModule):
     """Batches of labelled images from any source.
 
     Args:
-        source: "digits" or "shapes" (embedded), "folder", or "torchvision:NAME".
-        root: directory (or list file) of the source; the embedded ones have none.
+        source: "digits" or "shapes" (embedded), "folder", "shards", or "torchvision:NAME".
+        root: directory (or list file, or URL of shards) of the source; the embedded have none.
         source_args: further arguments of the source.
         channels: 1 or 3 channels of the images.
         image_size: side in pixels of what the network sees, or (height, width); null for what

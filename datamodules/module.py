@@ -1,9 +1,11 @@
 """What data modules over a source share: opening it, its loaders, its unreadable images."""
 
 import math
+import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch.utils.data import DataLoader
@@ -11,7 +13,8 @@ from torch.utils.data import DataLoader
 from datamodules.batch import ImageBatch, MultiCropBatch, PackedBatch
 from datamodules.geometry import Augment, make_rand_augment
 from datamodules.placed import PlacedDataModule
-from datamodules.sources import Source, Split, open_source, some_of
+from datamodules.sampling import Ahead
+from datamodules.sources import Grouped, Source, Split, open_source, some_of
 from datamodules.unreadable import Unreadable
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -41,6 +44,11 @@ class Needs(NamedTuple):
     def of(cls, backbone: Any) -> "Needs":
         """Those of a backbone, which has attributes of these names."""
         return cls(*(getattr(backbone, name) for name in cls._fields))
+
+
+def ahead_in(source: Source) -> Ahead | None:
+    """What has to be told which images come next, where the source lies in files of many."""
+    return Ahead(source.groups, source.prefetch) if isinstance(source, Grouped) else None
 
 
 class SourceDataModule(PlacedDataModule):
@@ -122,8 +130,26 @@ class SourceDataModule(PlacedDataModule):
             self.source, split, self.root, channels=self.channels, **self.source_args
         )
 
+    def num_machines(self) -> int:
+        return 1 if self.trainer is None else int(self.trainer.num_nodes)
+
+    def grouping(self, lanes: int | None = None) -> dict[str, int]:
+        """What else the order of images depends on where they lie in files of many.
+
+        Args:
+            lanes: machines that read files of their own; None for all.
+        """
+        if not isinstance(self.train_source, Grouped):
+            return {}
+        starts, together = self.train_source.groups
+        return {
+            "checksum of the shards' lengths": zlib.crc32(starts.astype(np.int64).tobytes()),
+            "source_args.shuffle_shards": together,
+            "machines that read shards of their own": lanes or self.num_machines(),
+        }
+
     def prepare_data(self) -> None:
-        """On one process: download, and write the index of a folder for the others to map."""
+        """On one process: download, and write what the others map: an index, a table of shards."""
         self.open("train")
         self.open("val")
 

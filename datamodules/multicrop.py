@@ -55,8 +55,8 @@ class MultiCropDataModule(OneSizeDataModule):
     as by `ImageDataModule`.
 
     Args:
-        source: "digits" or "shapes" (embedded), "folder", or "torchvision:NAME".
-        root: directory (or list file) of the source; the embedded ones have none.
+        source: "digits" or "shapes" (embedded), "folder", "shards", or "torchvision:NAME".
+        root: directory (or list file, or URL of shards) of the source; the embedded have none.
         source_args: further arguments of the source, such as {labelled: false} for a folder.
         channels: 1 or 3 channels of the images; one has brightness and contrast, but no colours.
         image_size: side in pixels of global crops, or (height, width); null for what the

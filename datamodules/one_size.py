@@ -9,10 +9,10 @@ from torch.utils.data import DataLoader, Dataset
 from datamodules.augment import normalize
 from datamodules.batch import ImageBatch
 from datamodules.geometry import EvalGeometry, Interpolation, TrainGeometry
-from datamodules.module import Needs, SourceDataModule
+from datamodules.module import Needs, SourceDataModule, ahead_in
 from datamodules.placed import limited
 from datamodules.sampling import EvalBatches, Sample, TrainBatches
-from datamodules.sources import Source
+from datamodules.sources import Grouped, Source
 from datamodules.unreadable import read_example
 
 Geometry = TrainGeometry | EvalGeometry
@@ -149,9 +149,14 @@ class OneSizeDataModule(SourceDataModule):
                 "images in a global batch": self.batch_size * world_size,
                 "batches in an epoch": per_epoch,
                 "repeats": repeats,
+                **self.grouping(),
             }
         )
-        return TrainBatches(*size, batches_done, per_epoch, repeats)
+        place = (*size, batches_done, per_epoch, repeats)
+        if not isinstance(self.train_source, Grouped):
+            return TrainBatches(*place)
+        ahead = ahead_in(self.train_source)
+        return TrainBatches(*place, self.train_source.groups, self.num_machines(), ahead)
 
     def eval_loader(self, source: Source) -> DataLoader[ImageBatch]:
         """The images of a source that are this rank's, each once, cropped as in evaluation."""
@@ -160,7 +165,7 @@ class OneSizeDataModule(SourceDataModule):
         if self.needs is not None:
             patch, prefix = self.needs.patch_size, self.needs.num_prefix_tokens
             self.eval_tokens = prefix + (size[0] // patch) * (size[1] // patch)
-        sampler = EvalBatches(len(source), self.batch_size, *self.place())
+        sampler = EvalBatches(len(source), self.batch_size, *self.place(), ahead_in(source))
         geometry = EvalGeometry(size, self.eval_crop, self.interpolation)
         return self.loader(ImageDataset(source, geometry), sampler, collate)
 

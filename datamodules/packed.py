@@ -15,7 +15,13 @@ from torch.utils.data import DataLoader, Dataset
 from datamodules.augment import normalize
 from datamodules.batch import PackedBatch, PackedImages
 from datamodules.geometry import Augment, Box, Interpolation, center_crop, crop_and_resize, draws
-from datamodules.module import IMAGENET_MEAN, IMAGENET_STD, Needs, SourceDataModule
+from datamodules.module import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Needs,
+    SourceDataModule,
+    ahead_in,
+)
 from datamodules.packing import (
     Layout,
     Pass,
@@ -28,7 +34,7 @@ from datamodules.packing import (
 from datamodules.placed import limited
 from datamodules.rows import PackedBatches, PackedEvalBatches, Request, Row
 from datamodules.sizes import measure
-from datamodules.sources import Source
+from datamodules.sources import Grouped, Source
 from datamodules.unreadable import read_example
 
 
@@ -151,8 +157,8 @@ class PackedDataModule(SourceDataModule):
     An image's side is the square root of its area in pixels.
 
     Args:
-        source: "digits" or "shapes" (embedded), "folder", or "torchvision:NAME".
-        root: directory (or list file) of the source; the embedded ones have none.
+        source: "digits" or "shapes" (embedded), "folder", "shards", or "torchvision:NAME".
+        root: directory (or list file, or URL of shards) of the source; the embedded have none.
         source_args: further arguments of the source.
         channels: 1 or 3 channels of the images.
         num_rows: rows of tokens in a batch of one device.
@@ -275,6 +281,7 @@ class PackedDataModule(SourceDataModule):
             progress=self.drop_progress(number) if progress is None else progress,
             buffer=self.buffer,
             multiple=self.num_rows * self.place()[1] * self.accumulate(),
+            groups=self.train_source.groups if isinstance(self.train_source, Grouped) else None,
         )
 
     def drop_progress(self, number: int) -> float:
@@ -301,6 +308,8 @@ class PackedDataModule(SourceDataModule):
         first = self.plan_pass(0)
         length = len(first.rows) // (self.num_rows * world_size)
         self.warn_of_padding(first)
+        if isinstance(self.train_source, Grouped) and self.num_machines() > 1:
+            rank_zero_warn("every machine will read all shards: packs are planned over all images")
         self.check_reduced(self.train_sizes, self.train_layout, self.resolution)
         total = checksum(first)
         if self.drop.last != 1.0:  # passes grow longer: an epoch is as long as they are on average
@@ -322,6 +331,7 @@ class PackedDataModule(SourceDataModule):
             "batches in an optimizer step": self.accumulate(),
             "batches in an epoch": per_epoch,
             "checksum of sizes and packing": total,
+            **self.grouping(lanes=1),
         }
         if self.drop.last != 1.0:
             assert self.trainer is not None
@@ -333,6 +343,7 @@ class PackedDataModule(SourceDataModule):
         sampler = PackedBatches(
             *(self.plan_pass, self.starts, self.num_rows, rank, world_size, self.accumulate()),
             *(length, batches_done, per_epoch, len(self.train_source) / (length * world_size)),
+            ahead_in(self.train_source),
         )
         sampler.planned = (0, first)
         cut = Cut(

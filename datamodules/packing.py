@@ -17,7 +17,7 @@ import torch
 from scipy.special import betaincinv, ndtr, ndtri
 
 from datamodules.augment import uniforms
-from datamodules.sampling import epoch_order, fold_each
+from datamodules.sampling import Groups, epoch_order, fold_each, grouped_order
 
 # Streams of `uniforms`, beside those of `datamodules.augment`.
 SIDE, DROP = 101, 102
@@ -292,12 +292,18 @@ def plan(
     progress: float = 0.0,
     buffer: int = 256,
     multiple: int = 1,
+    groups: Groups | None = None,
 ) -> Pass:
     """Pass `number` over images of `sizes` [n, 2], in a number of rows divisible by `multiple`.
 
+    With `groups` in an order that respects how images lie in files.
+
     Takes about five seconds for the 1.28 million images of ImageNet.
     """
-    items = epoch_order(len(sizes), seed, number)
+    if groups is None:
+        items = epoch_order(len(sizes), seed, number)
+    else:
+        items = grouped_order(groups, seed, number)
     keys = fold_each(seed, number, items=items)
     grids, kept = tokens_of(sizes[items], keys, layout, resolution, drop, progress)
     lengths = (kept + layout.num_prefix).tolist()

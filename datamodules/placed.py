@@ -35,6 +35,11 @@ class WaitedLoader(DataLoader[Batch]):
                 batch = next(batches)
             except StopIteration:
                 return
+            except ValueError as error:
+                # What a worker raised comes as a traceback in a message; its last line says it.
+                if "in DataLoader worker process" not in str(error):
+                    raise
+                raise ValueError(str(error).strip().split("\nValueError: ")[-1]) from error
             except RuntimeError as error:
                 if "DataLoader worker" not in str(error):
                     raise

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch.utils.data import Sampler
 
 from datamodules.packing import Pass
-from datamodules.sampling import Batches
+from datamodules.sampling import Ahead, Batches
 
 
 class Request(NamedTuple):
@@ -60,6 +60,7 @@ class PackedBatches(Batches[list[Row]]):
         accumulate: batches in an optimizer step.
         length, batches_done, batches_per_epoch: see `Batches`; whole optimizer steps.
         batch_size: images in a batch of one rank, on average.
+        following: is told which images come next.
     """
 
     def __init__(
@@ -74,11 +75,12 @@ class PackedBatches(Batches[list[Row]]):
         batches_done: int,
         batches_per_epoch: int,
         batch_size: float,
+        following: Ahead | None = None,
     ) -> None:
         super().__init__(length, batches_done, batches_per_epoch)
         self.plan_pass, self.starts, self.batch_size = plan_pass, starts, batch_size
         self.num_rows, self.rank, self.world_size = num_rows, rank, world_size
-        self.accumulate = accumulate
+        self.accumulate, self.following = accumulate, following
         self.planned: tuple[int, Pass] | None = None
 
     def pass_at(self, batch: int) -> tuple[Pass, int]:
@@ -106,6 +108,10 @@ class PackedBatches(Batches[list[Row]]):
                 for planned, place in found
                 for row in planned.rows[place * rows : (place + 1) * rows]
             )
+            planned, place = found[0]
+            if self.following is not None and planned.rows[place * rows]:
+                number = bisect_right(self.starts, epoch * self.per_epoch + start) - 1
+                self.following.at(number, planned.items, planned.rows[place * rows][0])
             divisor = max(1, images) / (self.world_size * self.accumulate)
             for batch, (planned, place) in zip(step, found, strict=True):
                 if batch >= first:

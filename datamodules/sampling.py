@@ -6,7 +6,7 @@ devices sees, step by step, the samples of a run on one device with twice the ba
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -57,6 +57,65 @@ class Sample(NamedTuple):
 def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
     """A permutation of the samples for one epoch, the same on every rank."""
     return np.random.Generator(np.random.Philox(key=fold(seed, epoch))).permutation(num_samples)
+
+
+class Groups(NamedTuple):
+    """Samples that lie in one file: whoever needs one of them has to fetch them all.
+
+    starts:   int64 [g + 1], the first sample of every group, and the end of the last
+    together: groups whose samples are shuffled together
+    """
+
+    starts: np.ndarray
+    together: int
+
+
+class Ahead:
+    """Says, twice in a window of an order, which samples come in it and in the next one.
+
+    Args:
+        groups: how the samples lie in files.
+        prefetch: is told them, int64 [n].
+    """
+
+    def __init__(self, groups: Groups, prefetch: Callable[[np.ndarray], None]) -> None:
+        samples, files = int(groups.starts[-1]), len(groups.starts) - 1
+        self.half, self.prefetch = max(1, groups.together * samples // files // 2), prefetch
+        self.told: tuple[int, int] | None = None
+
+    def at(self, epoch: int, order: np.ndarray, place: int) -> None:
+        """So far the order of an epoch has been read."""
+        now = (epoch, place // self.half)
+        if now != self.told:
+            self.prefetch(order[place : place + 4 * self.half])
+            self.told = now
+
+
+def grouped_order(
+    groups: Groups, seed: int, epoch: int, lane: int = 0, lanes: int = 1
+) -> np.ndarray:
+    """The samples of one lane for one epoch: int64 [n // lanes], few groups at a time.
+
+    Groups are permuted and laid end to end, this line is cut into lanes of one length, and each
+    lane into windows of so many groups, in which samples are permuted. Lanes share no sample, and
+    neighbouring ones at most one group.
+    """
+    starts, together = groups
+    rng = np.random.Generator(np.random.Philox(key=fold(seed, epoch)))
+    chosen = rng.permutation(len(starts) - 1)
+    ends = np.cumsum(np.diff(starts)[chosen])
+    length = int(starts[-1]) // lanes
+    begin, end = lane * length, (lane + 1) * length
+    first = int(np.searchsorted(ends, begin, side="right"))
+    last = int(np.searchsorted(ends, end, side="left"))
+    within = slice(first, last + 1)
+    shifts = starts[1:][chosen[within]] - ends[within]  # from the place in line to the sample
+    counts = np.diff(np.concatenate(([begin], np.minimum(ends[within], end))))
+    items: np.ndarray = np.arange(begin, end) + np.repeat(shifts, counts)
+    mix = np.random.Generator(np.random.Philox(key=fold(seed, epoch, lane)))
+    for window in np.split(items, ends[first + together - 1 : last : together] - begin):
+        mix.shuffle(window)
+    return items
 
 
 def repeated(places: np.ndarray, repeats: int) -> tuple[np.ndarray, np.ndarray]:
@@ -137,9 +196,14 @@ class TrainBatches(Batches[list[Sample]]):
         batches_done: batches this rank took before, in all epochs: where to go on.
         batches_per_epoch: stop an epoch after so many; None takes all.
         repeats: copies of each image in an epoch, each with a key of its own.
+        groups: how samples lie in files, where an order has to respect that (`grouped_order`).
+        lanes: with groups, machines, each of which reads files of its own. The order then depends
+            on how many there are, but not on the devices of each.
+        following: is told which samples come next.
 
     Raises:
-        ValueError: fewer samples than one global batch, `repeats` below 1.
+        ValueError: fewer samples than one global batch, `repeats` below 1, ranks that do not
+            spread evenly over the lanes.
     """
 
     def __init__(
@@ -152,9 +216,15 @@ class TrainBatches(Batches[list[Sample]]):
         batches_done: int = 0,
         batches_per_epoch: int | None = None,
         repeats: int = 1,
+        groups: Groups | None = None,
+        lanes: int = 1,
+        following: Ahead | None = None,
     ) -> None:
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.rank, self.world_size, self.repeats = rank, world_size, repeats
+        self.groups, self.lanes, self.following = groups, lanes if groups else 1, following
+        if world_size % self.lanes:
+            raise ValueError(f"{world_size} devices do not spread evenly over {lanes} machines")
         if repeats < 1:
             raise ValueError(f"repeats is {repeats}; expected at least 1")
         length = num_samples // (batch_size * world_size)
@@ -167,14 +237,23 @@ class TrainBatches(Batches[list[Sample]]):
         super().__init__(length, batches_done, batches_per_epoch)
 
     def batches(self, epoch: int, first: int) -> Iterator[list[Sample]]:
-        order = epoch_order(self.num_samples, self.seed, epoch)
+        ranks = self.world_size // self.lanes
+        lane, rank = divmod(self.rank, ranks)
+        order = self.order(epoch, lane)
         for batch in range(first, self.length):
-            start = (batch * self.world_size + self.rank) * self.batch_size
+            start = (batch * ranks + rank) * self.batch_size
+            if self.following is not None:
+                self.following.at(epoch, order, start // self.repeats)
             images, copies = repeated(np.arange(start, start + self.batch_size), self.repeats)
             yield [
                 Sample(item, copy_key(self.seed, epoch, item, copy))
                 for item, copy in zip(order[images].tolist(), copies.tolist(), strict=True)
             ]
+
+    def order(self, epoch: int, lane: int) -> np.ndarray:
+        if self.groups is None:
+            return epoch_order(self.num_samples, self.seed, epoch)
+        return grouped_order(self.groups, self.seed, epoch, lane, self.lanes)
 
 
 class EvalBatches(Sampler[list[Sample]]):
@@ -182,23 +261,31 @@ class EvalBatches(Sampler[list[Sample]]):
 
     The batches themselves do not depend on the world size, so neither do their results, to the
     bit. What is missing to a full batch, and to as many batches on every rank, is filled with
-    repetitions marked `is_valid=False`.
+    repetitions marked `is_valid=False`. `following` is told which samples come next.
     """
 
     def __init__(
-        self, num_samples: int, batch_size: int, rank: int = 0, world_size: int = 1
+        self,
+        num_samples: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        following: Ahead | None = None,
     ) -> None:
         if num_samples == 0:
             raise ValueError("there are no images to evaluate on")
         self.num_samples, self.batch_size = num_samples, batch_size
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.following = rank, world_size, following
 
     def __len__(self) -> int:
         return -(-self.num_samples // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[list[Sample]]:
+        order = np.arange(self.num_samples if self.following else 0)
         for step in range(len(self)):
             start = (step * self.world_size + self.rank) * self.batch_size
+            if self.following is not None:
+                self.following.at(0, order, start)
             yield [
                 Sample(i % self.num_samples, key=i, is_valid=i < self.num_samples)
                 for i in range(start, start + self.batch_size)

@@ -12,6 +12,7 @@ import numpy as np
 from datamodules.folder import Folder, read_size
 from datamodules.index import Index
 from datamodules.progress import Bar
+from datamodules.shards import Shards
 from datamodules.sources import BadImageError, Source, Subset
 
 CHUNK = 64  # images a thread reads before it reports
@@ -29,7 +30,8 @@ def measure(source: Source, threads: int = 8, retry: bool = False) -> np.ndarray
     gets the same ones, whatever happens to the files: in a distributed run one process asks first
     (`prepare_data`), the others then map what it wrote (`setup`). They are true as long as the
     index is, but a file that is replaced under its own name changes no directory: a plan that is
-    made of these sizes has to bear an image of another size. Other sources are measured each time.
+    made of these sizes has to bear an image of another size. Shards know their sizes. Other sources
+    are measured each time.
 
     Args:
         threads: how many read the headers of a folder at once where each takes long, which hides
@@ -39,6 +41,8 @@ def measure(source: Source, threads: int = 8, retry: bool = False) -> np.ndarray
     """
     if isinstance(source, Subset):
         return frozen(measure(source.source, threads, retry)[source.rows])
+    if isinstance(source, Shards):
+        return frozen(source.sizes())
     if not isinstance(source, Folder):
         return frozen(read_sizes(source.size, np.arange(len(source)), 1))
     sizes = tree_sizes(source.index, threads, retry)

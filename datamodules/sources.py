@@ -3,6 +3,7 @@
 digits              scikit-learn's handwritten digits, embedded
 shapes              procedural scenes with a mask, embedded (`datamodules.shapes`)
 folder              a directory tree or a list file (`datamodules.folder`)
+shards              tar files in a directory or behind a URL (`datamodules.shards`)
 torchvision:NAME    any classification data set of torchvision
 """
 
@@ -15,7 +16,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
-from datamodules.sampling import epoch_order
+from datamodules.sampling import Groups, epoch_order, grouped_order
 
 Split = Literal["train", "val"]
 
@@ -71,6 +72,20 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
+class Grouped(Source, Protocol):
+    """A source whose images lie in files of many, some of which are fetched from afar.
+
+    Training takes its images in an order that needs few of those files at a time.
+    """
+
+    groups: Groups
+
+    def prefetch(self, items: np.ndarray) -> None:
+        """Have at hand what these images lie in: they will be asked for, in this order."""
+        ...
+
+
 class Subset:
     """Some of the images of a source, in the order of `rows`."""
 
@@ -89,6 +104,19 @@ class Subset:
 
     def describe(self, index: int) -> str:
         return self.source.describe(int(self.rows[index]))
+
+
+class GroupedSubset(Subset):
+    """Some of the images of a source whose images lie in files of many; `rows` ascend."""
+
+    def __init__(self, source: Grouped, rows: np.ndarray) -> None:
+        super().__init__(source, rows)
+        self.grouped = source
+        starts = np.unique(np.searchsorted(rows, source.groups.starts))  # none without images
+        self.groups = source.groups._replace(starts=starts)
+
+    def prefetch(self, items: np.ndarray) -> None:
+        self.grouped.prefetch(self.rows[items])
 
 
 def to_array(image: Image.Image) -> np.ndarray:
@@ -318,9 +346,10 @@ def open_source(
     """
     from datamodules.folder import Folder
     from datamodules.shapes import Shapes
+    from datamodules.shards import Shards
 
     kinds: dict[str, Callable[..., Source]]
-    kinds = {"digits": Digits, "shapes": Shapes, "folder": Folder}
+    kinds = {"digits": Digits, "shapes": Shapes, "folder": Folder, "shards": Shards}
     kind, _, dataset = name.partition(":")
     if kind == "torchvision" and dataset:
         make: Callable[..., Source] = TorchvisionSource
@@ -343,11 +372,14 @@ def open_source(
 
 
 def some_of(source: Source, count: int) -> Subset:
-    """So many images, always the same ones.
+    """So many images, always the same ones; of a source in large files those of a few files.
 
     Raises:
         ValueError: none, or more than there are.
     """
     if not isinstance(count, int) or not 1 <= count <= len(source):
         raise ValueError(f"num_train is {count}; expected 1 to {len(source)}, which there are")
-    return Subset(source, np.sort(epoch_order(len(source), 0, 0)[:count]))
+    if not isinstance(source, Grouped):
+        return Subset(source, np.sort(epoch_order(len(source), 0, 0)[:count]))
+    rows = np.sort(grouped_order(source.groups._replace(together=1), 0, 0)[:count])
+    return GroupedSubset(source, rows)

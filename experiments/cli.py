@@ -6,6 +6,7 @@
     patchlight fit --config RECIPE --into RUN          the same if it was begun, else begin it there
     patchlight validate --config RUN/config.yaml --ckpt_path RUN/checkpoints/best.ckpt
     patchlight check-data DIR                          find unreadable images beforehand
+    patchlight shard --data DIR --out SHARDS           put images into tar files, to read from afar
     patchlight backbones [FAMILY | timm:PATTERN]       what there is, and what it costs
     patchlight inspect FILE                            what a checkpoint holds, and what fits it
     patchlight export --checkpoint C --out FILE        for timm (.safetensors) or as ONNX
@@ -58,6 +59,7 @@ from experiments.judge import fewshot, knn
 from experiments.look import look
 from experiments.plan import plan
 from experiments.resolutions import resolutions
+from experiments.shard import shard
 from experiments.start import CONFIG, take, take_weights
 from experiments.sweep import RESULT, sweep
 from experiments.translate import translate
@@ -70,6 +72,7 @@ ROOMS = ("experiments", "modules", "callbacks", "datamodules")
 STOPPED = 143  # the exit code of a process that ended on SIGTERM: the run is not finished
 VERBS = {
     "check-data": check_data,
+    "shard": shard,
     "backbones": backbones,
     "inspect": inspect,
     "export": export,

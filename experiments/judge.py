@@ -25,7 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from callbacks.knn import check_knn, classify
+from datamodules.fetch import is_url
 from datamodules.module import Needs, SourceDataModule
+from datamodules.shards import holds_shards
 from experiments.evaluations import record
 from experiments.features import Frozen, frozen_features
 from experiments.subject import Subject, add_arguments, open_subject, read_yaml
@@ -74,8 +76,9 @@ def data_section(subject: Subject, given: str | None) -> dict[str, Any]:
             if not isinstance(content, dict) or not isinstance(content.get("data"), dict):
                 raise ValueError(f"--data {given} is no recipe with data")
             found = content["data"]
-        elif path.exists():
-            found = {"class_path": IMAGES, "init_args": {"source": "folder", "root": given}}
+        elif path.exists() or is_url(given):
+            source = "shards" if is_url(given) or holds_shards(given) else "folder"
+            found = {"class_path": IMAGES, "init_args": {"source": source, "root": given}}
         else:
             found = {"class_path": IMAGES, "init_args": {"source": given}}
     if found is None:

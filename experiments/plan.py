@@ -26,7 +26,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from callbacks.checkpoint import Checkpoint
 from datamodules.multicrop import MultiCropDataModule
 from datamodules.one_size import OneSizeDataModule
-from datamodules.sampling import TrainBatches
+from datamodules.sampling import Groups, TrainBatches
+from datamodules.sources import Grouped
 from modules.backbones import Backbone
 from modules.optim import Optimization, peak
 
@@ -45,6 +46,7 @@ class Recipe(NamedTuple):
     max_epochs, max_steps: -1 or None for no such limit
     is_half:     whether activations are kept in 16 bits
     seed:        of the run
+    machines:    that `trainer.num_nodes` names
     """
 
     method: LightningModule
@@ -54,6 +56,7 @@ class Recipe(NamedTuple):
     max_steps: int
     is_half: bool
     seed: int
+    machines: int
 
 
 class Memory(NamedTuple):
@@ -81,9 +84,11 @@ def plan(arguments: Sequence[str]) -> int:
     console = Console(highlight=False)
     with torch.device("meta"):
         recipe = read(rest)
-    images = given.images or len(recipe.data.open("train"))
+    source = None if given.images else recipe.data.open("train")
+    images = given.images or len(source or ())
     if given.shards is not None:
-        console.print(shards(recipe, images, number(str(given.shards)), given.epoch))
+        groups = source.groups if isinstance(source, Grouped) else None
+        console.print(shards(recipe, images, number(str(given.shards)), given.epoch, groups))
         return 0
     memory = memory_of(recipe)
     console.print(table(recipe, images, devices, memory))
@@ -142,6 +147,7 @@ def read(arguments: Sequence[str]) -> Recipe:
         max_steps=int(trainer.max_steps),
         is_half=str(trainer.precision or "").startswith(("16", "bf16")),
         seed=int(config.seed_everything or 0),
+        machines=int(trainer.num_nodes or 1),
     )
 
 
@@ -238,14 +244,22 @@ def bytes_kept(backbone: Backbone, groups: list[Tensor], is_half: bool) -> int:
     return sum(storages.values())
 
 
-def shards(recipe: Recipe, images: int, devices: int, epoch: int) -> Table:
-    """Which images each device takes in an epoch: how many, and the first of them."""
+def shards(
+    recipe: Recipe, images: int, devices: int, epoch: int, groups: Groups | None = None
+) -> Table:
+    """Which images each device takes in an epoch: how many, and the first of them.
+
+    With `groups` on `recipe.machines` machines, each of which reads files of its own.
+    """
     title = f"epoch {epoch} of {images:,} images on {devices} devices"
     rows = Table("device", "images", "of which the first", title=title)
     for rank in range(devices):
         repeats = getattr(recipe.data, "repeats", 1)
         batches = TrainBatches(
-            *(images, recipe.data.batch_size, recipe.seed, rank, devices), repeats=repeats
+            *(images, recipe.data.batch_size, recipe.seed, rank, devices),
+            repeats=repeats,
+            groups=groups,
+            lanes=recipe.machines,
         )
         first = next(batches.batches(epoch, 0))
         shown = ", ".join(str(sample.item) for sample in first[:8])

@@ -174,6 +174,7 @@ def test_what_images_are_normalised_by(tmp_path: Path) -> None:
     assert (told["mean"], told["std"]) == ([0.4] * 3, [0.229, 0.224, 0.225])
     own = open_subject("random", None, DIGITS)
     assert judge.data_section(own, "r.yaml")["init_args"]["mean"] == [0.5]
+    assert judge.data_section(own, "https://host/data")["init_args"]["source"] == "shards"
     assert normalisation_of("x.npz") == ((0.5,) * 3, (0.5,) * 3)
     known = normalisation_of("timm:vit_small_patch16_224.augreg_in21k")
     assert known is not None

@@ -8,7 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Callback
 
-from datamodules.sampling import EvalBatches, TrainBatches
+from datamodules.convert import convert
+from datamodules.sampling import EvalBatches, TrainBatches, grouped_order
+from datamodules.shards import Shards
+from datamodules.sources import open_source
 from experiments.plan import bytes_kept, length, memory_of, plan, read
 from modules import optim
 from modules.backbones import ViT
@@ -82,6 +85,21 @@ def test_shards_are_those_of_the_sampler(capsys: pytest.CaptureFixture[str]) -> 
         batches = TrainBatches(1000, 4, 0, rank, 3)
         first = ", ".join(str(sample.item) for sample in next(batches.batches(2, 0)))
         assert f"│ {rank} │ 332 │ {first}" in out
+
+
+def test_shards_of_a_source_that_lies_in_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = open_source("digits", "val")
+    convert({"train": source, "val": source}, tmp_path / "out", 50_000, 1, {}, "")
+    data = ["--data.init_args.source=shards", f"--data.init_args.root={tmp_path / 'out'}"]
+    data += ["--data.init_args.source_args={}", "--data.init_args.batch_size=4"]
+    assert plan([*RECIPE, *data, "--trainer.num_nodes=2", "--shards", "2"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    opened = Shards("train", str(tmp_path / "out"), 3)
+    for lane in range(2):
+        first = ", ".join(map(str, grouped_order(opened.groups, 0, 0, lane, 2)[:4]))
+        assert f"│ {lane} │ 180 │ {first}" in out
 
 
 @settings(max_examples=40, deadline=None)

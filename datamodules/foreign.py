@@ -1,0 +1,153 @@
+"""An index for tar files that others wrote in WebDataset's layout.
+
+Of every sample, the members of one tar file that share a name up to its first dot, the image is
+kept by where it lies, and its label read from KEY.cls (a number or a name) or from "label" or
+"cls" in KEY.json. What else there is, pickles above all, is never opened, only counted.
+"""
+
+import json
+import tarfile
+from collections import Counter
+from io import BytesIO
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+
+from datamodules.convert import write_whole
+from datamodules.fetch import digest_of
+from datamodules.folder import read_size
+from datamodules.index import EXTENSIONS, class_ids
+from datamodules.progress import Bar
+from datamodules.shards import FORMAT, INDEX, MEMBER
+from datamodules.sources import BadImageError
+
+MAX_LABEL = 1 << 16  # bytes of a file with a label
+
+
+class Found(NamedTuple):
+    """What was found in tar files.
+
+    images:  how many
+    bad:     names of images that cannot be read, and why
+    ignored: members that are neither image nor label, by suffix
+    """
+
+    images: int
+    bad: list[tuple[str, str]]
+    ignored: Counter[str]
+
+
+Samples = list[tuple[int, int, int, int, str]]  # offset, length, height, width, label or ""
+
+
+def label_of(suffix: str, content: bytes, name: str) -> str:
+    """The label that a small file gives, as text; "" where it gives none.
+
+    Raises:
+        ValueError: it is no text, or no JSON.
+    """
+    try:
+        if suffix == ".cls":
+            return content.decode("utf-8").strip()
+        about = json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"{name} is no label: {error}") from error
+    found = about.get("label", about.get("cls")) if isinstance(about, dict) else None
+    return "" if found is None or found == -1 else str(found)
+
+
+def read_tar(path: Path, name: str, found: Found) -> Samples:
+    """The samples of one tar file, in its order; `found` is told of the rest.
+
+    Raises:
+        ValueError: no plain tar file, or a label that cannot be read.
+    """
+    images: dict[str, tuple[int, int, int, int]] = {}
+    labels: dict[str, str] = {}
+    try:
+        with tarfile.open(path, "r:") as tar, path.open("rb") as file:
+            for member in tar:
+                if not member.isfile():
+                    continue
+                folder, _, base = member.name.rpartition("/")
+                key = f"{folder}/{base.split('.')[0]}"
+                suffix, where = Path(base).suffix.lower(), f"{name}[{member.name}]"
+                if suffix in EXTENSIONS:
+                    try:
+                        size = read_size(BytesIO(content_of(file, member)), where)
+                        images[key] = (member.offset_data, member.size, *size)
+                    except BadImageError as error:
+                        found.bad.append((where, error.reason))
+                elif suffix in (".cls", ".json") and member.size <= MAX_LABEL:
+                    label = label_of(suffix, content_of(file, member), where)
+                    labels[key] = label or labels.get(key, "")
+                else:
+                    found.ignored[suffix or "none"] += 1
+    except tarfile.TarError as error:
+        raise ValueError(
+            f"{path} is no plain tar file ({error}); compressed ones have to be unpacked to .tar: "
+            f"nothing in them can be found by its place"
+        ) from error
+    return [(*place, labels.get(key, "")) for key, place in images.items()]
+
+
+def content_of(file: IO[bytes], member: tarfile.TarInfo) -> bytes:
+    file.seek(member.offset_data)
+    return file.read(member.size)
+
+
+def index_tars(root: Path) -> Found:
+    """Write an index for the tar files in `root`/train and `root`/val.
+
+    Raises:
+        ValueError: none there, one that is no tar file, images some of which have no label.
+    """
+    if (root / INDEX).exists():
+        raise ValueError(f"{root / INDEX} is there already; remove it to write it anew")
+    paths = {part: sorted((root / part).glob("*.tar")) for part in ("train", "val")}
+    for part, tars in paths.items():
+        if not tars:
+            raise ValueError(f"there are no .tar files in {root / part}; expected train/ and val/")
+    found, read = Found(0, [], Counter()), {}
+    with Bar("shards", sum(map(len, paths.values()))) as bar:
+        for part, tars in paths.items():
+            read[part] = [(path, read_tar(path, f"{part}/{path.name}", found)) for path in tars]
+            bar.advance(len(tars))
+    groups = {sample[4] for _, samples in read["train"] for sample in samples}
+    if "" in groups and len(groups) > 1:
+        raise ValueError(
+            f"some images of {root} have a label and some have none; expected one kind"
+        )
+    names, ids = class_ids(groups, numeric=True)
+    parts = {part: part_of(root, part, read[part], ids) for part in read}
+    index = {"format": FORMAT, "class_names": names, "parts": parts}
+    write_whole(root / INDEX, json.dumps(index, indent=1).encode())
+    images = sum(len(samples) for part in read.values() for _, samples in part)
+    return found._replace(images=images)
+
+
+def part_of(
+    root: Path, part: str, read: list[tuple[Path, Samples]], ids: dict[str, int]
+) -> dict[str, Any]:
+    """What the index says of a part, whose table is written here.
+
+    Raises:
+        ValueError: no images, or labels that training has not.
+    """
+    rows, shards = [], []
+    for path, samples in read:
+        for *place, label in samples:
+            if label not in ids:
+                raise ValueError(f"{path} has the label {label!r}, which no training image has")
+            rows.append((*place, ids[label]))
+        if samples:
+            name, size = f"{part}/{path.name}", path.stat().st_size
+            entry = {"name": name, "samples": len(samples), "bytes": size}
+            shards.append({**entry, "sha256": digest_of(path)})
+    if not rows:
+        raise ValueError(f"there is no readable image in the .tar files of {root / part}")
+    table = root / part / "members.npy"
+    np.save(table, np.array(rows, MEMBER))
+    members = {"name": f"{part}/{table.name}", "bytes": table.stat().st_size}
+    return {"shards": shards, "members": {**members, "sha256": digest_of(table)}}

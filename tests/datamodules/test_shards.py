@@ -1,0 +1,692 @@
+"""Shards: written, read in place and from a server, in an order that resumes anywhere."""
+
+import errno
+import gzip
+import itertools
+import json
+import os
+import pickle
+import shutil
+import tarfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from datamodules import ImageDataModule, MultiCropDataModule, PackedDataModule, fetch
+from datamodules.check import main as check_data
+from datamodules.convert import convert
+from datamodules.fetch import Files, Stored, bytes_of, said
+from datamodules.folder import decode
+from datamodules.foreign import index_tars
+from datamodules.module import Needs
+from datamodules.packing import Resolution
+from datamodules.sampling import Ahead, Groups, TrainBatches, grouped_order
+from datamodules.shards import MEMBER, Shards
+from datamodules.sizes import measure
+from datamodules.sources import Grouped, GroupedSubset, open_source
+from datamodules.unreadable import read_example
+from tests.datamodules.test_folder import write
+
+CLASSES = ("ant", "bee", "cat", "dog", "elk", "fox")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """96 training and 18 held-out images of six classes, of two formats and several sizes."""
+    root = tmp_path_factory.mktemp("folder")
+    for part, count in (("train", 16), ("val", 3)):
+        for c, name in enumerate(CLASSES):
+            for i in range(count):
+                size = (8 + i, 9 + c)
+                write(root / part / name / f"{i:03d}.{('png', 'jpeg')[i % 2]}", 20 * c + i, size)
+    sideways = Image.new("RGB", (30, 10), "red")
+    exif = sideways.getexif()
+    exif[0x0112] = 6
+    sideways.save(root / "train" / "ant" / "000.png", exif=exif)
+    return root
+
+
+@pytest.fixture(scope="module")
+def shards(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in shards of a few images each."""
+    out = tmp_path_factory.mktemp("shards") / "out"
+    assert write_shards(folder, out) == []
+    return out
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PATCHLIGHT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(fetch, "PAUSE", 0.01)
+    return tmp_path / "cache" / "shards"
+
+
+def write_shards(folder: Path, out: Path, size: int = 12_000) -> list[tuple[str, str]]:
+    parts = {split: open_source("folder", split, str(folder)) for split in ("train", "val")}
+    return convert(parts, out, size, 2, {"source": "test"}, str(folder))
+
+
+def both(folder: Path, shards: Path, split: Any) -> tuple[Any, Shards]:
+    source = open_source("shards", split, str(shards))
+    assert isinstance(source, Shards)
+    return open_source("folder", split, str(folder)), source
+
+
+def test_a_folder_and_its_shards_hold_the_same(folder: Path, shards: Path) -> None:
+    for split, count in (("train", 96), ("val", 18)):
+        files, source = both(folder, shards, split)
+        assert len(source) == len(files) == count
+        assert source.class_names == files.class_names == CLASSES
+        contents = {files.stored(i): i for i in range(count)}
+        assert len(contents) == count
+        for i in range(count):
+            of_file = contents.pop(source.stored(i))  # to the byte, and each once
+            ours, theirs = source[i], files[of_file]
+            assert np.array_equal(ours.image, theirs.image)
+            assert ours.label == theirs.label
+            assert source.size(i) == files.size(of_file) == ours.image.shape[:2]
+        assert np.array_equal(measure(source), [source.size(i) for i in range(count)])
+    assert source.describe(0) == f"{shards}/val/000000.tar[0]"
+    assert np.array_equal([source[i].label for i in range(18)], np.arange(18) // 3)  # in order
+
+
+def test_training_images_are_mixed_over_the_shards(folder: Path, shards: Path) -> None:
+    source = both(folder, shards, "train")[1]
+    assert len(source.shards) > 8
+    first = range(int(source.groups.starts[2]))
+    assert len({source[i].label for i in first}) > 2  # two shards; in the folder's order one class
+
+
+def test_other_programs_read_the_shards(shards: Path, tmp_path: Path) -> None:
+    with tarfile.open(shards / "train" / "000001.tar") as tar:
+        names = tar.getnames()
+        assert all(
+            a.split(".")[0] == b.split(".")[0] for a, b in zip(names[::2], names[1::2], strict=True)
+        )
+        about = json.load(tar.extractfile(names[1]))  # type: ignore[arg-type]
+    assert names[1].endswith(".json")
+    assert about["file"].startswith(f"train/{about['class']}/")
+    assert CLASSES[about["label"]] == about["class"]
+
+
+def test_a_conversion_that_was_killed_ends_with_the_same_bytes(
+    folder: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from datamodules import convert as conversion
+
+    out, made = tmp_path / "out", []
+    whole = conversion.entry_of
+
+    def killed(source: Any, number: int, root: str) -> Any:
+        made.append(number)
+        if len(made) in (30, 60, 101):
+            raise KeyboardInterrupt
+        return whole(source, number, root)
+
+    monkeypatch.setattr(conversion, "entry_of", killed)
+    monkeypatch.setattr(conversion, "CHUNK", 4)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            write_shards(folder, out)
+        assert not (out / "index.json").exists()
+    with pytest.raises(ValueError, match="begun with another shard_size; give the same command"):
+        write_shards(folder, out, 13_000)
+    write_shards(folder, out)
+    assert len(made) < 96 + 18 + 3 * 20  # what was finished was not done again
+    names = [path.relative_to(shards) for path in shards.rglob("*") if path.is_file()]
+    assert sorted(names) == sorted(p.relative_to(out) for p in out.rglob("*") if p.is_file())
+    for name in names:
+        assert (out / name).read_bytes() == (shards / name).read_bytes()
+    with pytest.raises(ValueError, match="is not empty; expected a new directory"):
+        write_shards(folder, out)
+
+
+def test_unreadable_images_are_left_out_and_listed(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / "train" / "bee" / "003.jpeg").write_bytes(b"garbage")
+    out = tmp_path / "out"
+    ((name, _),) = write_shards(copy, out)
+    assert name == "train/bee/003.jpeg"
+    assert (out / "unreadable.txt").read_text().startswith("train/bee/003.jpeg\t")
+    assert len(open_source("shards", "train", str(out))) == 95
+
+
+def test_a_full_disk_is_said_and_the_conversion_goes_on(
+    folder: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(ValueError, match=r"no space left in .*; make room and give the same"):
+            write_shards(folder, tmp_path / "out")
+    write_shards(folder, tmp_path / "out")
+    assert (tmp_path / "out" / "index.json").read_bytes() == (shards / "index.json").read_bytes()
+
+
+def test_arrays_become_png(tmp_path: Path) -> None:
+    source = open_source("digits", "val", channels=3)
+    convert({"train": source, "val": source}, tmp_path / "out", 100_000, 1, {}, "")
+    for channels in (1, 3):
+        expected = open_source("digits", "val", channels=channels)
+        found = open_source("shards", "val", str(tmp_path / "out"), channels=channels)
+        for i in range(0, 360, 30):
+            assert np.array_equal(found[i].image, expected[i].image)
+            assert found[i].label == expected[i].label
+
+
+# The order.
+
+
+def random_groups(seed: int, count: int, together: int) -> Groups:
+    lengths = np.random.default_rng(seed).integers(1, 40, count)
+    return Groups(np.cumsum([0, *lengths]), together)
+
+
+@given(st.integers(0, 99), st.integers(1, 90), st.integers(1, 6), st.integers(0, 10), st.data())
+@settings(deadline=None, max_examples=25)
+def test_every_image_once_on_any_number_of_devices(
+    seed: int, count: int, together: int, power: int, data: st.DataObject
+) -> None:
+    groups = random_groups(seed, count, together)
+    num, world = int(groups.starts[-1]), 2**power  # 1 to 1,024 devices
+    lanes = 2 ** data.draw(st.integers(0, power))
+    batch = data.draw(st.integers(1, max(1, num // world // 3)))
+    if num < batch * world:
+        return
+    where = np.searchsorted(groups.starts, np.arange(num), side="right")
+    seen, keys = [], set()
+    for rank in range(world):
+        sampler = TrainBatches(num, batch, seed, rank, world, groups=groups, lanes=lanes)
+        assert len(sampler) == num // (batch * world)  # the same on every rank
+        samples = [sample for part in sampler for sample in part]
+        seen += [sample.item for sample in samples]
+        keys.update(sample.key for sample in samples)
+    assert len(seen) == len(set(seen)) == len(keys) == num // (batch * world) * batch * world
+    assert min(seen) >= 0
+    assert max(seen) < num
+    assert not np.array_equal(*(grouped_order(groups, seed, e) for e in (0, 1))) or num < 9
+    for lane in (0, lanes - 1):
+        order = where[grouped_order(groups, seed, 0, lane, lanes)]
+        # A shard is read from its first to its last image, and few are under way at once.
+        numbers, first = np.unique(order, return_index=True)
+        last = len(order) - 1 - np.unique(order[::-1], return_index=True)[1]
+        assert len(numbers) <= len(order)
+        under_way = [int(((first <= i) & (i <= last)).sum()) for i in range(0, len(order), 7)]
+        assert max(under_way, default=0) <= together
+
+
+def test_devices_of_one_machine_share_its_order() -> None:
+    groups = random_groups(1, 20, 3)
+    num = int(groups.starts[-1])
+    one = list(TrainBatches(num, 8, 5, groups=groups))
+    four = [TrainBatches(num, 2, 5, rank, 4, groups=groups) for rank in range(4)]
+    assert one == [[s for part in parts for s in part] for parts in zip(*four, strict=True)]
+
+
+def test_machines_read_shards_of_their_own() -> None:
+    groups = random_groups(2, 64, 4)
+    where = np.searchsorted(groups.starts, np.arange(groups.starts[-1]), side="right")
+    of_lane = [set(where[grouped_order(groups, 0, 3, lane, 8)].tolist()) for lane in range(8)]
+    for a, b in itertools.pairwise(of_lane):
+        assert len(a & b) <= 1
+    assert sum(map(len, of_lane)) <= 64 + 7
+    with pytest.raises(ValueError, match="6 devices do not spread evenly over 4 machines"):
+        TrainBatches(1000, 1, 0, 0, 6, groups=groups, lanes=4)
+
+
+@given(st.integers(0, 60), st.integers(1, 3))
+@settings(deadline=None, max_examples=30)
+def test_the_order_goes_on_where_the_counter_stands(done: int, repeats: int) -> None:
+    groups = random_groups(3, 9, 2)
+    num = int(groups.starts[-1])
+    whole = TrainBatches(num, 8, 1, repeats=repeats, groups=groups)
+    per_epoch = len(whole)
+    resumed = TrainBatches(num, 8, 1, batches_done=done, repeats=repeats, groups=groups)
+
+    def batches(sampler: TrainBatches, epochs: range) -> list[Any]:
+        found = []
+        for epoch in epochs:
+            sampler.set_epoch(epoch)
+            found += list(sampler)
+        return found
+
+    first = done // per_epoch
+    assert (
+        batches(resumed, range(first, first + 2))
+        == (batches(whole, range(first + 2))[done : (first + 2) * per_epoch])
+    )
+
+
+def test_what_comes_next_is_told_in_time() -> None:
+    groups = random_groups(4, 40, 4)
+    num, told, ready = int(groups.starts[-1]), [], set()
+    where = np.searchsorted(groups.starts, np.arange(num), side="right")
+
+    def prefetch(items: np.ndarray) -> None:
+        told.append(len(items))
+        ready.update(items.tolist())
+
+    order = grouped_order(groups, 0, 0)
+    sampler = TrainBatches(num, 4, 0, groups=groups, following=Ahead(groups, prefetch))
+    window = 4 * num // 40
+    for number, batch in enumerate(sampler):
+        place = number * 4
+        assert {sample.item for sample in batch} <= ready
+        assert set(order[place : place + window].tolist()) <= ready  # a window ahead
+    assert len(told) == -(-(place + 1) // (window // 2))
+    assert max(told) <= 2 * window
+    assert len(set(where[order[: 2 * window]])) <= 12  # three windows, which the cache holds
+
+
+# Training.
+
+
+def module(kind: str, root: Path | str, workers: int = 0, **source_args: Any) -> Any:
+    arguments = {"shuffle_shards": 3, **source_args}
+    common: dict[str, Any] = {"source": "shards", "root": str(root), "source_args": arguments}
+    made: Any
+    if kind == "images":
+        made = ImageDataModule(**common, image_size=8, batch_size=6, num_workers=workers)
+    elif kind == "crops":
+        made = MultiCropDataModule(
+            **common, image_size=8, local_size=4, num_local=2, batch_size=6, num_workers=workers
+        )
+    else:
+        sides = Resolution("native", 8, 16)
+        made = PackedDataModule(
+            **common, num_rows=2, row_length=32, resolution=sides, num_workers=workers
+        )
+    made.prepare_data()
+    made.setup("fit")
+    made.fit_to(Needs(4, 1, None if kind == "packs" else (8, 8), None, 3, kind == "packs"))
+    return made
+
+
+@pytest.mark.parametrize("kind", ["images", "crops", "packs"])
+def test_batches_after_a_resume_are_those_of_the_whole_run(
+    shards: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def taken(workers: int, done: int, epochs: range) -> list[Any]:
+        made = module(kind, shards, workers)
+        monkeypatch.setattr(type(made), "progress", lambda _: (done, 1.0))
+        loader, found = made.train_dataloader(), []
+        for epoch in epochs:
+            loader.batch_sampler.set_epoch(epoch)
+            found += list(loader)
+        return found
+
+    whole = taken(0, 0, range(2))
+    per_epoch = len(whole) // 2
+    done = per_epoch + per_epoch // 2  # the middle of the second epoch
+    for workers in (0, 2):
+        rest = taken(workers, done, range(1, 2))
+        assert len(rest) == len(whole) - done
+        for ours, theirs in zip(rest, whole[done:], strict=True):
+            pairs = zip(flat(ours), flat(theirs), strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs)
+    labels = torch.cat([batch.labels for batch in whole[:3]])
+    assert len(set(labels.tolist())) > 3  # a window holds many classes
+
+
+def flat(batch: Any) -> list[torch.Tensor]:
+    """Every tensor of a batch."""
+    if isinstance(batch, torch.Tensor):
+        return [batch]
+    return [t for part in batch for t in flat(part)] if isinstance(batch, tuple) else []
+
+
+def test_another_window_is_no_resume(shards: Path) -> None:
+    before, now = module("images", shards), module("images", shards, shuffle_shards=2)
+    before.train_dataloader()
+    now.load_state_dict(before.state_dict())
+    with pytest.raises(ValueError, match="shuffle_shards: 3 in the run that is resumed, now 2"):
+        now.train_dataloader()
+
+
+def test_some_of_the_images_lie_in_few_shards(folder: Path, shards: Path) -> None:
+    some = open_source("shards", "train", str(shards), num_train=20)
+    every = both(folder, shards, "train")[1]
+    assert isinstance(some, GroupedSubset)
+    assert isinstance(some, Grouped)
+    files = [some.describe(i).split("[")[0] for i in range(20)]
+    assert len(set(files)) == len(some.groups.starts) - 1 <= 5 < len(every.shards)
+    for a, b in zip(some.groups.starts, some.groups.starts[1:], strict=False):
+        assert len(set(files[a:b])) == 1
+    assert sorted(grouped_order(some.groups, 0, 0)) == list(range(20))
+
+
+# From afar.
+
+
+class Server(SimpleHTTPRequestHandler):
+    """Serves a directory; does to its first answers what `faults` say of their paths."""
+
+    faults: dict[str, list[str]]
+    asked: list[str]
+
+    def __init__(self, *arguments: Any, faults: Any, asked: Any, **options: Any) -> None:
+        self.faults, self.asked = faults, asked
+        super().__init__(*arguments, **options)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        waiting = self.faults.get(self.path, [])
+        fault = waiting.pop(0) if waiting else ""
+        if fault == "unavailable":
+            self.send_error(503)
+            return
+        if not fault:
+            super().do_GET()
+            return
+        content = Path(self.translate_path(self.path)).read_bytes()
+        self.send_response(200)
+        length = len(content) if fault == "broken off" else len(content) // 2
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
+        self.wfile.write(content[: len(content) // 2])  # and then the connection ends
+
+
+@contextmanager
+def served(directory: Path, **faults: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """A URL of a directory, and what is asked of it."""
+    asked: list[str] = []
+    by_path = {f"/train/{name[1:]}.tar": list(what) for name, what in faults.items()}
+    handler = partial(Server, directory=str(directory), faults=by_path, asked=asked)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", asked
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def held(cache: Path) -> int:
+    return sum(path.stat().st_size for path in cache.iterdir() if path.is_file())
+
+
+def test_a_bounded_cache_gives_the_same_images(folder: Path, shards: Path, cache: Path) -> None:
+    local = both(folder, shards, "train")[1]
+    room = 4 * max(shard.file.size for shard in local.shards)
+    with served(shards) as (url, asked):
+        source = Shards("train", url, 3, cache_size=room, shuffle_shards=1)
+        order = grouped_order(source.groups, 0, 0)
+        for i in order.tolist():
+            assert source.stored(i) == local.stored(i)
+            assert held(cache) <= room
+        tars = [path for path in asked if path.endswith(".tar")]
+        assert len(tars) == len(set(tars)) == len(source.shards)  # an epoch fetches each once
+        again = Shards("train", url, 3, cache_size=room, shuffle_shards=1)
+        assert again.stored(int(order[-1])) == local.stored(int(order[-1]))
+        assert again.stored(int(order[0])) == local.stored(int(order[0]))  # removed long ago
+        assert len([path for path in asked if path.endswith(".tar")]) == len(tars) + 1
+
+
+def test_what_is_asked_for_ahead_is_there(folder: Path, shards: Path, cache: Path) -> None:
+    with served(shards) as (url, asked):
+        source = open_source("shards", "train", url)
+        assert isinstance(source, Shards)
+        source.prefetch(np.arange(30))
+        names = {source.describe(i).split("[")[0] for i in range(30)}
+        files = [s.file for s in source.shards if source.files.where(s.file.name) in names]
+        while not all((cache / f"{file.sha256}.tar").exists() for file in files):
+            threading.Event().wait(0.01)
+        count = len(asked)
+        assert [source[i].label for i in range(30)] == [
+            both(folder, shards, "train")[1][i].label for i in range(30)
+        ]
+        assert len(asked) == count
+
+
+def test_a_run_from_a_server_is_the_run_from_the_disk(shards: Path) -> None:
+    with served(shards) as (url, asked):
+        remote, local = module("images", url, workers=2), module("images", shards)
+        for ours, theirs in zip(remote.train_dataloader(), local.train_dataloader(), strict=True):
+            assert torch.equal(ours.images, theirs.images)
+        tars = [path for path in asked if path.endswith(".tar")]
+        assert len(tars) == len(set(tars))  # three processes, each shard once
+
+
+def test_a_download_that_breaks_off_is_repeated(shards: Path) -> None:
+    with served(shards, _000000=["broken off", "unavailable", "short"]) as (url, asked):
+        source = open_source("shards", "train", url)
+        assert source[0].label == open_source("shards", "train", str(shards))[0].label
+        assert asked.count("/train/000000.tar") == 4
+
+
+def test_a_shard_that_never_comes_is_named(shards: Path, cache: Path) -> None:
+    with served(shards, _000001=["short"] * 99) as (url, _asked):
+        source = open_source("shards", "train", url)
+        assert isinstance(source, Shards)
+        says = rf"{url}/train/000001.tar could not be fetched in 4 tries: [\d,]+ of [\d,]+ bytes"
+        with pytest.raises(ValueError, match=says):
+            source[int(source.groups.starts[1])]
+        assert not list(cache.glob("*.part"))
+        # In a loader with workers it is said as plainly.
+        made = module("images", url, workers=1)
+        with pytest.raises(ValueError, match=f"^{says}"):
+            list(made.train_dataloader())
+
+
+def test_a_shard_of_other_content_or_none_is_refused(shards: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(shards, copy)
+    tar = copy / "train" / "000000.tar"
+    content = bytearray(tar.read_bytes())
+    content[700] ^= 1
+    tar.write_bytes(content)
+    (copy / "train" / "000001.tar").unlink()
+    with served(copy) as (url, _asked):
+        source = open_source("shards", "train", url)
+        assert isinstance(source, Shards)
+        with pytest.raises(ValueError, match=r"000000\.tar .*its SHA-256 is not that of index"):
+            source[0]
+        with pytest.raises(ValueError, match=r"000001\.tar could not be fetched in 1 tries: .*404"):
+            source[int(source.groups.starts[1])]
+    assert check_data([str(copy), "--workers", "1"]) == 1
+    tar.write_bytes(content[:-100])
+    local = open_source("shards", "train", str(copy))
+    assert isinstance(local, Shards)
+    with pytest.raises(ValueError, match=r"000000\.tar has [\d,]+ bytes; index\.json says"):
+        local[0]
+    with pytest.raises(ValueError, match=r"000001\.tar is not there; index\.json says"):
+        local[int(local.groups.starts[1])]
+
+
+def test_a_damaged_image_is_replaced_like_any_other(shards: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(shards, copy)
+    source = open_source("shards", "train", str(copy))
+    assert isinstance(source, Shards)
+    tar = copy / "train" / "000000.tar"
+    content = bytearray(tar.read_bytes())
+    start = int(source.members["offset"][0])
+    content[start : start + int(source.members["length"][0])] = bytes(source.members["length"][0])
+    tar.write_bytes(content)
+    assert read_example(source, 0)[1]
+    assert not read_example(source, 1)[1]
+
+
+def test_check_data_looks_into_shards(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert check_data([str(shards), "--workers", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "6, 16 (ant) to 16 images each" in said
+
+
+# Nothing is executed, and nothing leads astray.
+
+
+class Trap:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("sprung",)
+
+
+def test_pickles_are_never_opened(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    copy = tmp_path / "copy"
+    shutil.copytree(shards, copy)
+    trap = np.array([Trap()], dtype=object)
+    np.save(copy / "train" / "members.npy", trap, allow_pickle=True)
+    table = copy / "train" / "members.npy"
+    index = json.loads((copy / "index.json").read_bytes())
+    index["parts"]["train"]["members"]["bytes"] = table.stat().st_size
+    (copy / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"members\.npy is no table of members"):
+        open_source("shards", "train", str(copy))
+    # An "image" that is a pickle is no image.
+    tar = copy / "val" / "000000.tar"
+    source = open_source("shards", "val", str(copy))
+    assert isinstance(source, Shards)
+    start, content = int(source.members["offset"][0]), bytearray(tar.read_bytes())
+    evil = pickle.dumps(Trap())
+    content[start : start + len(evil)] = evil
+    tar.write_bytes(content)
+    assert read_example(source, 0)[1]
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("name", ["../secret.tar", "/etc/passwd", "train/../../x", "http://x/y"])
+def test_an_index_leads_nowhere_else(shards: Path, tmp_path: Path, name: str) -> None:
+    index = json.loads((shards / "index.json").read_bytes())
+    index["parts"]["train"]["shards"][0]["name"] = name
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="which is no plain path below it"):
+        open_source("shards", "train", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"root": None}, "source shards needs data.root"),
+        ({"root": "nowhere"}, r"data.root nowhere holds no index.json .* expected what `patch"),
+        ({"shuffle_shards": 0}, "shuffle_shards is 0; expected at least 1"),
+        ({"cache_size": "much"}, "cache_size is 'much'; expected an amount of bytes, such as 256M"),
+        (
+            {"cachesize": 1},
+            "source 'shards' has no option 'cachesize'; it takes: cache, cache_size",
+        ),
+        ({"root": "xyz://bucket/data"}, r"xyz://bucket/data/index.json cannot be read .* https"),
+    ],
+)
+def test_wrong_arguments(shards: Path, arguments: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        open_source(**{"name": "shards", "split": "train", "root": str(shards), **arguments})
+
+
+def test_a_cache_that_is_too_small_for_a_window_is_refused(shards: Path) -> None:
+    says = "cache_size 20K is too little for the 6 shards .* set it to at least"
+    with served(shards) as (url, _), pytest.raises(ValueError, match=says):
+        open_source("shards", "train", url, cache_size="20K", shuffle_shards=2)
+
+
+def test_an_index_that_is_none(tmp_path: Path) -> None:
+    for content, says in (("{", "is no index"), ('{"format": "x"}', "its format is 'x'")):
+        (tmp_path / "index.json").write_text(content)
+        with pytest.raises(ValueError, match=says):
+            open_source("shards", "train", str(tmp_path))
+
+
+def test_amounts() -> None:
+    assert [bytes_of(text, "x") for text in (7, "7", "2K", "1.5M", "3GiB")] == [
+        *(7, 7, 2048, 3 << 19, 3 << 30)
+    ]
+    for amount in (1, 5000, 123_456_789, 10**12, 10**15):
+        assert amount <= bytes_of(said(amount), "x") <= 1.2 * amount + 1024
+
+
+def test_a_file_url_is_fetched_too(shards: Path, cache: Path) -> None:
+    source = open_source("shards", "val", f"file://{shards}")
+    assert source[3].label == 1
+    assert len(list(cache.glob("*.tar"))) == 1
+    # What another process left damaged in the cache is fetched again.
+    (tar,) = cache.glob("*.tar")
+    tar.write_bytes(b"")
+    assert open_source("shards", "val", f"file://{shards}")[3].label == 1
+
+
+def test_table_rows_are_small() -> None:
+    assert MEMBER.itemsize == 24  # 340 MB for the 14 million images of ImageNet-21k
+    files = Files("https://host/data/", None, 1)
+    assert files.where("train/000000.tar") == "https://host/data/train/000000.tar"
+    assert Stored("a", 1, "b") == ("a", 1, "b")
+
+
+def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, BytesIO(content))
+
+
+def foreign(root: Path, images: list[Path], label: str = "cls") -> Path:
+    """Tar files of others, with a pickle beside every image."""
+    for part in ("train", "val"):
+        (root / part).mkdir(parents=True)
+        for number in range(2):
+            with tarfile.open(root / part / f"{number}.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+                for i, path in enumerate(images[number::2]):
+                    text = f"{i % 3}" if label == "cls" else json.dumps({"label": f"x{i % 3}"})
+                    add(tar, f"./a/é{i}.{label}", text.encode())
+                    add(tar, f"./a/é{i}.{path.suffix[1:].upper()}", path.read_bytes())
+                    for suffix in ("pyd", "pth", "pkl", "seg.pickle"):
+                        add(tar, f"./a/é{i}.{suffix}", pickle.dumps(Trap()))
+    return root
+
+
+@pytest.mark.parametrize("label", ["cls", "json"])
+def test_tar_files_of_others_get_an_index_and_their_pickles_stay_shut(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, label: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    images = sorted((folder / "train").rglob("*.*"))[:16]
+    root = foreign(tmp_path / "foreign", images, label)
+    found = index_tars(root)
+    assert found.images == 32
+    assert found.bad == []
+    assert found.ignored == {".pyd": 32, ".pth": 32, ".pkl": 32, ".pickle": 32}
+    source = open_source("shards", "train", str(root))
+    assert source.class_names == (("0", "1", "2") if label == "cls" else ("x0", "x1", "x2"))
+    for i, path in enumerate([*images[0::2], *images[1::2]]):
+        assert np.array_equal(source[i].image, decode(path, 3))
+        assert source[i].label == i % 8 % 3
+        assert source.size(i) == source[i].image.shape[:2]
+    assert check_data([str(root), "--workers", "1"]) == 0
+    assert not (tmp_path / "sprung").exists()
+    with pytest.raises(ValueError, match=r"index\.json is there already"):
+        index_tars(root)
+
+
+def test_tar_files_that_cannot_be_indexed(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no \.tar files in .*train; expected train/ and val/"):
+        index_tars(tmp_path)
+    root = foreign(tmp_path / "foreign", sorted((folder / "train").rglob("*.png"))[:4])
+    with tarfile.open(root / "train" / "0.tar", "a") as tar:
+        add(tar, "b.png", (folder / "train" / "ant" / "002.png").read_bytes())
+    with pytest.raises(ValueError, match=r"some images of .* have a label and some have none"):
+        index_tars(root)
+    (root / "val" / "1.tar").write_bytes(gzip.compress((root / "val" / "0.tar").read_bytes()))
+    with pytest.raises(ValueError, match=r"1\.tar is no plain tar file"):
+        index_tars(root)
