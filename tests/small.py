@@ -74,10 +74,11 @@ def trainer(directory: Path, *callbacks: Any, **changes: Any) -> Trainer:
         "enable_model_summary": False,
         "use_distributed_sampler": False,
     }
+    plugins = [AtomicCheckpointIO(), *changes.pop("plugins", [])]
     checkpoint = changes.pop("checkpoint", None) or Checkpoint(every_n_steps=1)
     return Trainer(
         **arguments | changes,
         logger=TensorBoardLogger(directory, "run", default_hp_metric=False),
         callbacks=[StepSeed(), checkpoint, *callbacks],
-        plugins=[AtomicCheckpointIO()],
+        plugins=plugins,
     )
