@@ -16,12 +16,13 @@ from typing import Any
 from modules.backbones.attention import Packed
 from modules.backbones.factorised import FactorisedPositions
 from modules.backbones.layers import Backbone, BlockStyle, Features
-from modules.backbones.masked import Masked
+from modules.backbones.lvvit import LVViT
+from modules.backbones.masked import Masked, Swapped
 from modules.backbones.navit import NaViT
 from modules.backbones.positions import Positions
 from modules.backbones.vit import ViT
 
-FAMILIES: dict[str, type[Backbone]] = {"vit": ViT, "navit": NaViT}
+FAMILIES: dict[str, type[Backbone]] = {"vit": ViT, "navit": NaViT, "lvvit": LVViT}
 
 
 def create(name: str, **overrides: Any) -> Backbone:
@@ -49,10 +50,12 @@ __all__ = [
     "BlockStyle",
     "FactorisedPositions",
     "Features",
+    "LVViT",
     "Masked",
     "NaViT",
     "Packed",
     "Positions",
+    "Swapped",
     "ViT",
     "create",
 ]

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from modules.backbones.attention import Groups, Packed, Segments, attend
-from modules.backbones.masked import Group, Masked
+from modules.backbones.masked import Altered, Group
 
 
 class Features(NamedTuple):
@@ -47,7 +47,8 @@ class Backbone(nn.Module):
     num_layers:         depth L, for layer-wise learning-rate decay
     image_size:         (height, width) in pixels it was built for; None where any size is alike
     takes_packs:        takes packs of images of any size
-    takes_masks:        takes `masked.Masked` wherever it takes images of one size
+    takes_masks:        takes `masked.Masked` and `masked.Swapped` wherever it takes images of
+                        one size
     max_grid:           largest number of patches along a side of an image in a pack; None for no
                         limit. What makes packs asks for it and refuses larger images: on an
                         accelerator a network that waits for no tensor's value cannot
@@ -65,7 +66,7 @@ class Backbone(nn.Module):
     in_channels: int
 
     @overload
-    def forward(self, images: Float[Tensor, "b c height width"] | Masked | Packed) -> Features: ...
+    def forward(self, images: Float[Tensor, "b c height width"] | Altered | Packed) -> Features: ...
     @overload
     def forward(self, images: list[Group]) -> list[Features]: ...
     def forward(self, images: Group | Packed | list[Group]) -> Features | list[Features]:
@@ -73,7 +74,7 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def last_blocks(
-        self, images: Float[Tensor, "b c height width"] | Masked | Packed, count: int
+        self, images: Float[Tensor, "b c height width"] | Altered | Packed, count: int
     ) -> list[Features]:
         """What the last `count` blocks give, the last one last, each read out as `forward` does."""
         raise NotImplementedError

@@ -32,7 +32,7 @@ from modules.backbones.layers import (
     drop_path_rates,
     layer_norm,
 )
-from modules.backbones.masked import Group, Masked, pixels
+from modules.backbones.masked import Altered, Group, pixels
 from modules.backbones.packed import check_pack
 from modules.backbones.pooling import AttentionPool, QueryPool, only_filled
 from modules.backbones.resampling import Grid
@@ -121,7 +121,7 @@ class NaViT(Backbone):
         initialise.RULES[init](self)
 
     @overload
-    def forward(self, images: Float[Tensor, "b c height width"] | Masked | Packed) -> Features: ...
+    def forward(self, images: Float[Tensor, "b c height width"] | Altered | Packed) -> Features: ...
     @overload
     def forward(self, images: list[Group]) -> list[Features]: ...
     def forward(self, images: Group | Packed | list[Group]) -> Features | list[Features]:
@@ -142,7 +142,7 @@ class NaViT(Backbone):
         return [self.read_out(tokens, grid, None) for tokens, grid in each]
 
     def last_blocks(
-        self, images: Float[Tensor, "b c height width"] | Masked | Packed, count: int
+        self, images: Float[Tensor, "b c height width"] | Altered | Packed, count: int
     ) -> list[Features]:
         """What the last `count` blocks give, the last one last, each read out as `forward` does.
 
@@ -153,7 +153,7 @@ class NaViT(Backbone):
         if not 1 <= count <= self.num_layers:
             raise ValueError(f"{count} blocks were asked of a NaViT that has {self.num_layers}")
         grid, segments = None, None
-        if isinstance(images, (Tensor, Masked)):
+        if isinstance(images, (Tensor, Altered)):
             grid = self.grid_of(images)
             x = self.embed(images, grid)
         else:
@@ -169,28 +169,28 @@ class NaViT(Backbone):
         return [self.read_out(x, grid, segments) for x in kept]
 
     def embed(
-        self, images: Float[Tensor, "b c height width"] | Masked, grid: Grid
+        self, images: Float[Tensor, "b c height width"] | Altered, grid: Grid
     ) -> Float[Tensor, "b n d"]:
         """Patches with their positions."""
         p = self.patch_size
         patches = rearrange(pixels(images), "b c (y p) (x q) -> b (y x) (c p q)", p=p, q=p)
-        masked = images if isinstance(images, Masked) else None
-        return self.embed_patches(patches, *places(grid, patches.device), masked)
+        altered = images if isinstance(images, Altered) else None
+        return self.embed_patches(patches, *places(grid, patches.device), altered)
 
     def embed_patches(
         self,
         patches: Float[Tensor, "rows n e"],
         positions: Int[Tensor, "#rows n 2"],
         grids: Int[Tensor, "#rows n 2"],
-        masked: Masked | None = None,
+        altered: Altered | None = None,
     ) -> Float[Tensor, "rows n d"]:
         """The same of patches that are cut already."""
         x = self.embed_norm(self.patch_embed.packed(self.patch_norm(patches)))
-        x = x if masked is None else masked.over(x)
+        x = x if altered is None else altered.over(x)
         out: Tensor = self.pos_drop(x + self.positions(positions, grids))
         return out
 
-    def grid_of(self, images: Float[Tensor, "b c height width"] | Masked) -> Grid:
+    def grid_of(self, images: Float[Tensor, "b c height width"] | Altered) -> Grid:
         """Rows and columns of patches of such images.
 
         Raises:

@@ -31,7 +31,7 @@ from modules.backbones.layers import (
     drop_path_rates,
     layer_norm,
 )
-from modules.backbones.masked import Group, Masked, pixels
+from modules.backbones.masked import Altered, Group, pixels
 from modules.backbones.packed import check_pack, own_rows
 from modules.backbones.pooling import AttentionPool, mean_patch, only_filled, prefix_token
 from modules.backbones.positions import Positions, for_blocks, make_biases, make_tables
@@ -170,7 +170,7 @@ class ViT(Backbone):
         initialise.RULES[init](self)
 
     @overload
-    def forward(self, images: Float[Tensor, "b c height width"] | Masked | Packed) -> Features: ...
+    def forward(self, images: Float[Tensor, "b c height width"] | Altered | Packed) -> Features: ...
     @overload
     def forward(self, images: list[Group]) -> list[Features]: ...
     def forward(self, images: Group | Packed | list[Group]) -> Features | list[Features]:
@@ -189,7 +189,7 @@ class ViT(Backbone):
         return [self.pool(tokens, grid) for tokens, grid in each]
 
     def last_blocks(
-        self, images: Float[Tensor, "b c height width"] | Masked | Packed, count: int
+        self, images: Float[Tensor, "b c height width"] | Altered | Packed, count: int
     ) -> list[Features]:
         """What the last `count` blocks give, the last one last, each read out as `forward` does.
 
@@ -200,7 +200,7 @@ class ViT(Backbone):
         if not 1 <= count <= self.num_layers:
             raise ValueError(f"{count} blocks were asked of a ViT that has {self.num_layers}")
         where: Grid | Segments
-        if isinstance(images, (Tensor, Masked)):
+        if isinstance(images, (Tensor, Altered)):
             where = self.grid_of(images)
             x = self.embed(images, where)
         else:
@@ -209,7 +209,7 @@ class ViT(Backbone):
             x = self.embed_pack(images, where)
         return [self.read_out(x, where) for x in self.run_blocks(x, where, keep=count)]
 
-    def grid_of(self, images: Float[Tensor, "b c height width"] | Masked) -> Grid:
+    def grid_of(self, images: Float[Tensor, "b c height width"] | Altered) -> Grid:
         """Rows and columns of patches of such images.
 
         Raises:
@@ -218,11 +218,11 @@ class ViT(Backbone):
         return grid_of(pixels(images), self.in_channels, self.patch_size)
 
     def embed(
-        self, images: Float[Tensor, "b c height width"] | Masked, grid: Grid
+        self, images: Float[Tensor, "b c height width"] | Altered, grid: Grid
     ) -> Float[Tensor, "b n d"]:
         """Prefix tokens and patches, with the positions that are added at the stem."""
         x = self.patch_embed(pixels(images))
-        if isinstance(images, Masked):
+        if isinstance(images, Altered):
             x = images.over(x)
         if (before := self.prefix_tokens()) is not None:
             x = torch.cat((before.expand(x.shape[0], -1, -1), x), dim=1)

@@ -9,8 +9,8 @@ A file goes through three steps: it is read without executing anything in it, it
 renamed to ours by the table of the code base that wrote it, position tables are resampled to
 the network's grid. What is then missing or left over is an error unless it is named.
 
-Sources: timm, DeiT, DeiT-III, MAE, DINO (`.pth`, safetensors), Google's vision_transformer and
-big_vision (`.npz`), and checkpoints of this project.
+Sources: timm, DeiT, DeiT-III, MAE, DINO, LV-ViT (`.pth`, safetensors), Google's
+vision_transformer and big_vision (`.npz`), and checkpoints of this project.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ import timm
 from timm.layers.mlp import SwiGLUPacked
 from torch import nn
 
-from modules.backbones import Backbone, BlockStyle, ViT
+from modules.backbones import Backbone, BlockStyle, LVViT, ViT
 from modules.backbones.positions import Learned1D
 from modules.weights.files import State, read
 from modules.weights.names import BESIDE, Origins, with_our_names
@@ -146,12 +146,16 @@ def fill(
         )
         resampled = fit_positions(state, tokens, backbone, is_ours)
     wanted = {key: network.state_dict()[own[key]] for key in own if key not in kept}
+    found = tuple(state)
+    # A counter that batch norms with a momentum do not read, and that old files have not.
+    counters = {key: wanted[key] for key in wanted if key.endswith(".num_batches_tracked")}
+    state = counters | state
     check_cover(source, state, wanted)
     network.load_state_dict({own[key]: tensor for key, tensor in state.items()}, strict=not kept)
     return Report(
         source,
-        read=tuple(state),
-        renamed={new: origins[new] for new in state if origins[new] != (new,)},
+        read=found,
+        renamed={new: origins[new] for new in found if origins[new] != (new,)},
         resampled=resampled,
         dropped=tuple(dropped),
         kept=tuple(kept),
@@ -218,12 +222,14 @@ def to_timm(network: nn.Module) -> State:
 
     Raises:
         ValueError: no ViT, or parts that timm's has not: pre-logits, relative positions,
-            positions at every block, RMS norm of q and k, norms or projections without bias.
+            positions at every block, RMS norm of q and k, norms or projections without bias, an
+            LV-ViT's convolutions.
     """
     vit = getattr(network, "backbone", network)
     if not isinstance(vit, ViT):
         raise ValueError(f"{type(vit).__name__} has no counterpart among timm's ViTs")
     lacks = {
+        "convolutions before its patches": isinstance(vit, LVViT),
         "pre_logits": vit.pre_logits is not None,
         "probe's heads": hasattr(network, "heads") and not hasattr(network, "head"),
         "registers beside a distillation token": (

@@ -21,6 +21,7 @@ MARKS = (  # a name that only this code base writes
     (r"^(mask_token|decoder_)", "MAE"),
     (r"^head\.(mlp|last_layer)\.", "DINO"),
     (r"^(positions|relative)\.", "Patchlight"),
+    (r"^patch_embed\.conv1\.", "LV-ViT"),
     (r"^(pos_embed|cls_token)$", "timm, DeiT or DINO"),
 )
 UNKNOWN = "?"
