@@ -1,15 +1,18 @@
 """Data modules that a recipe can name.
 
-    images.py     ImageDataModule      labelled images of any source, cropped and augmented
-    multicrop.py  MultiCropDataModule  two global and several local views of every image
-    packed.py     PackedDataModule     images in their own aspect and many sizes, packed into rows
+    images.py        ImageDataModule       labelled images of any source, cropped and augmented
+    multicrop.py     MultiCropDataModule   two global and several local views of every image
+    token_labels.py  TokenLabelDataModule  images with a teacher's label for every token
+    packed.py        PackedDataModule      images in their own aspect, of many sizes, packed in rows
 
 and what they are made of: `sources`, `sizes`, `sampling`, `one_size`, `geometry`, `views`,
-`photometric`, `augment`, `packing`, `rows`, `batch`.
+`photometric`, `augment`, `packing`, `rows`, `batch`, `label_geometry`, `label_maps`,
+`published_maps`.
 """
 
 from datamodules.images import ImageDataModule
 from datamodules.multicrop import MultiCropDataModule
 from datamodules.packed import PackedDataModule
+from datamodules.token_labels import TokenLabelDataModule
 
-__all__ = ["ImageDataModule", "MultiCropDataModule", "PackedDataModule"]
+__all__ = ["ImageDataModule", "MultiCropDataModule", "PackedDataModule", "TokenLabelDataModule"]

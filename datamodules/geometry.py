@@ -8,13 +8,13 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 Interpolation = Literal["bilinear", "bicubic"]
@@ -87,11 +87,25 @@ def crop_and_resize(
     )[0].contiguous()
 
 
-def make_rand_augment(recipe: str, fill: tuple[int, ...]) -> Augment:
+def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm's, which asks Pillow now and then for 0 bits: black, and refused by new versions."""
+    if bits >= 8:
+        return image
+    return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
+
+
+def timm_rand_augment(
+    recipe: str,
+    fill: tuple[int, ...],
+    wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]] = lambda name, operation: (
+        operation
+    ),
+) -> Augment:
     """timm's RandAugment, for instance "rand-m9-mstd0.5-inc1", as a function of (image, key).
 
     timm draws from Python's and NumPy's global generators; they are seeded with the key and
-    put back afterwards.
+    put back afterwards. `wrap` gets the name and the function of every operation, and gives what
+    is called in its place.
 
     Raises:
         ValueError: a recipe that timm does not understand.
@@ -107,6 +121,11 @@ def make_rand_augment(recipe: str, fill: tuple[int, ...]) -> Augment:
             f"rand_augment {recipe!r} is not a recipe timm reads ({error}); "
             f"expected for instance 'rand-m9-mstd0.5-inc1'"
         ) from error
+    for operation in transform.ops:
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = posterize
+        if wrap is not None:
+            operation.aug_fn = wrap(operation.name, operation.aug_fn)
 
     def apply(image: Array, key: int) -> Array:
         python_state, numpy_state = random.getstate(), np.random.get_state()

@@ -10,15 +10,15 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from datamodules.batch import ImageBatch, MultiCropBatch, PackedBatch
-from datamodules.geometry import Augment, make_rand_augment
+from datamodules.batch import ImageBatch, MultiCropBatch, PackedBatch, TokenLabelBatch
+from datamodules.geometry import Augment, timm_rand_augment
 from datamodules.sampling import epoch_order, run_seed
 from datamodules.sources import Source, Split, Subset, open_source
 from datamodules.unreadable import Unreadable
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-Batch = TypeVar("Batch", ImageBatch, MultiCropBatch, PackedBatch)
+Batch = TypeVar("Batch", ImageBatch, MultiCropBatch, PackedBatch, TokenLabelBatch)
 
 
 class Needs(NamedTuple):
@@ -123,7 +123,7 @@ class SourceDataModule(LightningDataModule):
             return None
         if self.channels != 3:
             raise ValueError(f"rand_augment needs 3 channels, but channels is {self.channels}")
-        return make_rand_augment(recipe, tuple(round(255 * m) for m in self.mean))
+        return timm_rand_augment(recipe, tuple(round(255 * m) for m in self.mean))
 
     def open(self, split: Split) -> Source:
         return open_source(

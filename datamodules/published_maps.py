@@ -1,0 +1,103 @@
+"""Label maps of LV-ViT and ReLabel: a `.pt` file for every image.
+
+`<directory>/<class>/<name of the image>.pt` holds a float16 tensor [2, 5, rows, columns]: the five
+highest scores before softmax, and their class ids, exact up to 2048 ("Token Labeling", its
+`generate_label.py`; "Re-labeling ImageNet", Yun et al. 2021). Files are read without executing
+anything in them.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from datamodules.label_maps import (
+    About,
+    Labelled,
+    begin,
+    name_of,
+    shard_path,
+    stamp_of,
+    write_shard,
+)
+from datamodules.progress import Bar
+from datamodules.sources import Source
+
+EXACT = 2048  # the largest class id of which half precision knows the neighbours
+
+
+def read_published(path: Path, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Scores [rows, columns, k] and class ids of one file.
+
+    Raises:
+        ValueError: a file that is missing, refused, damaged or of other classes; names it.
+    """
+    if not path.is_file():
+        raise ValueError(
+            f"there is no label map {path}; expected one for every training image, as "
+            f"<directory>/<class>/<name of the image>.pt"
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a broken or hostile file can fail anywhere in the unpickler
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{path} was refused and nothing of it was run: it is no tensor ({reason}); fetch it "
+            f"again"
+        ) from error
+    if not isinstance(content, Tensor) or content.ndim != 4 or content.shape[0] != 2:
+        what = list(content.shape) if isinstance(content, Tensor) else type(content).__name__
+        raise ValueError(
+            f"{path} holds {what}; expected a tensor [2, k, rows, columns] of scores and classes"
+        )
+    scores, ids = content.movedim(1, -1).unbind(0)
+    ids = ids.float()
+    is_class = (ids == ids.round()) & (ids >= 0) & (ids < num_classes)
+    if not bool(is_class.all()) or not bool(scores.isfinite().all()):
+        raise ValueError(
+            f"{path} has scores that are no numbers, or classes outside 0 to {num_classes - 1}; "
+            f"set --num-classes to those of its teacher, or fetch it again"
+        )
+    return scores.half(), ids.int()
+
+
+def import_published(
+    directory: Path,
+    out: Path,
+    source: Source,
+    root: str | None,
+    num_classes: int,
+    shard_size: int,
+) -> None:
+    """Write the published maps of the images of a source as shards; goes on where it was stopped.
+
+    Raises:
+        ValueError: more classes than half precision tells apart, or as `read_published`.
+    """
+    if num_classes > EXACT + 1:
+        raise ValueError(
+            f"--num-classes is {num_classes}, but ids above {EXACT} are not exact in published "
+            f"maps; make the maps with a teacher instead"
+        )
+
+    def read(index: int) -> Labelled:
+        image = Path(source.describe(index))
+        scores, ids = read_published(
+            directory / image.parent.name / f"{image.stem}.pt", num_classes
+        )
+        name, stamp = name_of(source, index, root), stamp_of(source, index)
+        return Labelled(name, stamp, scores, ids, None)
+
+    top_k = read(0).scores.shape[-1]
+    begin(out, About(f"imported from {directory}", num_classes, top_k, remainder=False))
+    with Bar("importing label maps", len(source)) as bar:
+        for number, rows in enumerate(pieces(len(source), shard_size)):
+            if not shard_path(out, number).is_file():
+                write_shard(out, number, [read(index) for index in rows])
+            bar.advance(len(rows))
+
+
+def pieces(length: int, size: int) -> Iterator[range]:
+    for start in range(0, length, size):
+        yield range(start, min(start + size, length))
