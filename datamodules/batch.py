@@ -19,16 +19,16 @@ class Mixed(NamedTuple):
 
 
 class SparseScores(NamedTuple):
-    """Scores of all k classes for tokens, of which only some differ from a common one.
+    """Scores (logits) of all k classes for tokens, of which only some differ from a common one.
+
+    Softmax does not see a score that all classes share, so only what is above it is kept.
 
     ids:    [b, n, m] int32; a class has one entry of all its value, others of value 0
-    values: [b, n, m] by how much the score of that class is above `rest`
-    rest:   [b, n] the score of all classes without an entry
+    values: [b, n, m] by how much the score of that class is above that of those without an entry
     """
 
     ids: Int[Tensor, "*b n m"]
     values: Float[Tensor, "*b n m"]
-    rest: Float[Tensor, "*b n"]
 
 
 class ImageBatch(NamedTuple):
@@ -67,7 +67,7 @@ class TokenLabelBatch(NamedTuple):
 
     images, labels, indices, keys, is_valid, is_replaced: see `ImageBatch`
     tokens: scores of all classes for every token, row by row; None where only the crop has a label
-    pooled: [b, k] the scores of all classes for the crop as a whole
+    pooled: [b, k] the scores of all classes for the crop as a whole, above those of the rest
     """
 
     images: UInt8[Tensor, "b c height width"] | Float[Tensor, "b c height width"]

@@ -216,9 +216,8 @@ def token_scores(labels: LabelMap, where: Pooled, lengths: tuple[int, int]) -> S
     above = (labels.scores - labels.rest[..., None])[cell] * shares[..., None]
     tokens = len(rows) * len(columns)
     ids, values = labels.ids[cell].reshape(tokens, -1), above.reshape(tokens, -1)
-    rest = where.down @ labels.rest @ where.across.T
     ids, values = gathered_by_class(ids, values)
-    return SparseScores(torch.from_numpy(ids), torch.from_numpy(values), as_float(rest.reshape(-1)))
+    return SparseScores(torch.from_numpy(ids), torch.from_numpy(values))
 
 
 def gathered_by_class(ids: Array, values: Array) -> tuple[Array, Array]:
@@ -235,15 +234,11 @@ def gathered_by_class(ids: Array, values: Array) -> tuple[Array, Array]:
 
 
 def image_scores(labels: LabelMap, where: Pooled, num_classes: int) -> Float[Tensor, " k"]:
-    """The scores of all classes for the whole crop, whose bins are one."""
+    """The scores of all classes for the whole crop, whose bins are one, above those of the rest."""
     shares = where.down[0][:, None] * where.across[0][None, :]
     above = (labels.scores - labels.rest[..., None]) * shares[..., None]
     sums = np.bincount(labels.ids.reshape(-1), above.reshape(-1), minlength=num_classes)
-    return as_float(sums + (shares * labels.rest).sum())
-
-
-def as_float(values: Array) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+    return torch.from_numpy(sums.astype(np.float32))
 
 
 @dataclass(frozen=True)

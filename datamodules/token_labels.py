@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.augment import erase
+from datamodules.augment import erase, normalize
 from datamodules.batch import ImageBatch, SparseScores, TokenLabelBatch
 from datamodules.geometry import Interpolation
 from datamodules.label_geometry import LabelGeometry, RandAugment, reach
@@ -238,7 +238,7 @@ class TokenLabelDataModule(OneSizeDataModule):
         self, batch: TokenLabelBatch | ImageBatch, dataloader_idx: int
     ) -> TokenLabelBatch | ImageBatch:
         """Normalise; in training also erase. On the device, in batches."""
-        batch = self.normalized(batch)  # type: ignore[arg-type]  # of either kind
+        normal = batch._replace(images=normalize(batch.images, self.mean, self.std))
         if self.erasing > 0 and self.trainer is not None and self.trainer.training:
-            batch = batch._replace(images=erase(batch.images, batch.keys, self.erasing))
-        return batch
+            normal = normal._replace(images=erase(normal.images, normal.keys, self.erasing))
+        return normal

@@ -1,12 +1,14 @@
 """Methods that a recipe can name, one file each.
 
-    supervised.py   Supervised   cross-entropy on labels, with everything DeiT adds to it
-    dino.py         DINO         self-distillation of several views, without labels
-    moco.py         MoCo         MoCo v3: two views of an image against all other images
-    probe.py        LinearProbe  linear heads on a frozen backbone, as MAE and DINO are judged
+    supervised.py      Supervised     cross-entropy on labels, with everything DeiT adds to it
+    token_labeling.py  TokenLabeling  LV-ViT and ReLabel: a teacher's label for every token
+    dino.py            DINO           self-distillation of several views, without labels
+    moco.py            MoCo           MoCo v3: two views of an image against all other images
+    probe.py           LinearProbe    linear heads on a frozen backbone, as MAE and DINO are judged
 
-and what they share: `optim`, `lars`, `schedules`, `losses`, `dino_loss`, `ibot`, `checks`,
-`networks`, `distillation`, `weights`, `backbones`, and, to look inside, `analysis` and `drawing`.
+and what they share: `optim`, `lars`, `schedules`, `losses`, `scores`, `token_loss`, `dino_loss`,
+`ibot`, `checks`, `networks`, `distillation`, `weights`, `backbones`, and, to look inside,
+`analysis` and `drawing`.
 """
 
 from jsonargparse import set_parsing_settings
@@ -15,6 +17,7 @@ from modules.dino import DINO
 from modules.moco import MoCo
 from modules.probe import LinearProbe
 from modules.supervised import Supervised
+from modules.token_labeling import TokenLabeling
 
 # A config or a checkpoint may name classes of these packages and no others: whatever else it
 # names is refused before it is imported, since importing a module runs it. The parts of torch
@@ -31,4 +34,4 @@ set_parsing_settings(
     instantiate_subclass_spec_in_any=False,
 )
 
-__all__ = ["DINO", "LinearProbe", "MoCo", "Supervised"]
+__all__ = ["DINO", "LinearProbe", "MoCo", "Supervised", "TokenLabeling"]

@@ -121,7 +121,7 @@ def test_unknown_rand_augment_recipe() -> None:
 
 
 def test_no_bits_are_left_of_an_image_now_and_then() -> None:
-    """At magnitude 10 timm posterizes to 0 bits, which Pillow refuses from version 12 on."""
+    """At magnitude 10 timm posterizes to 0 bits, which new versions of Pillow refuse."""
     apply = timm_rand_augment("rand-m10-inc1", (0, 0, 0))
     image = np.full((8, 8, 3), 200, np.uint8)
     assert any(not apply(image, key).any() for key in range(200))

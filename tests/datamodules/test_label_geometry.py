@@ -50,8 +50,8 @@ def dense(labels: LabelMap, num_classes: int) -> Tensor:
 
 
 def spread(scores: SparseScores, num_classes: int) -> Tensor:
-    """Scores of all classes [n, k] of sparse ones."""
-    every = scores.rest[:, None].repeat(1, num_classes)
+    """Scores of all classes [n, k] of sparse ones, above the common one."""
+    every = torch.zeros(len(scores.ids), num_classes)
     return every.scatter_add(1, scores.ids.long(), scores.values)
 
 
@@ -104,15 +104,16 @@ def test_scores_are_those_of_roi_align(
     corners = [box.left * x, box.top * y, (box.left + box.width) * x, (box.top + box.height) * y]
     boxes = torch.tensor([[0.0, *corners]])
     expected = roi_align(dense(labels, 20)[None], boxes, grid, aligned=True)[0]
-    torch.testing.assert_close(spread(tokens, 20), expected.flatten(1).T, atol=2e-3, rtol=1e-3)
+    found = spread(tokens, 20).log_softmax(-1)  # does not see what all classes share
+    torch.testing.assert_close(found, expected.flatten(1).T.log_softmax(-1), atol=2e-3, rtol=1e-3)
     # Each class has one entry of a value, which softmax needs.
     for ids, values in zip(tokens.ids, tokens.values, strict=True):
         own = ids[values != 0].tolist()
         assert len(own) == len(set(own))
-    # The mean of the tokens is the crop's, where bins have as many points: a map of one score.
-    flat = labels._replace(scores=np.ones_like(labels.scores), rest=np.ones_like(labels.rest))
-    even = tokens_of(flat, box, (height, width), grid)
-    torch.testing.assert_close(spread(even, 20), torch.ones(grid[0] * grid[1], 20), **CLOSE)
+    # Shares of cells sum to one: where five classes stand out by 1, they do in every token.
+    flat = labels._replace(scores=labels.rest[..., None].repeat(5, axis=-1) + 1)
+    even = tokens_of(flat, box, (height, width), grid).values.sum(-1)
+    torch.testing.assert_close(even, torch.full((grid[0] * grid[1],), 5.0), **CLOSE)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
