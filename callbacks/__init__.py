@@ -9,6 +9,7 @@ monitors.py     FiniteLoss      stops a run that diverged
 pictures.py     AugmentedBatch  the batch as the network sees it
                 Pictures        what the method draws of held-out images
 probes.py       OnlineProbe     a linear classifier beside any method
+score_maps.py   ScoreMaps       label maps of a teacher, written while it predicts
 seeding.py      StepSeed        one seed a step
 
 and what they share with methods: `standardize`, `tally`.
@@ -21,6 +22,7 @@ from callbacks.knn import KNN
 from callbacks.monitors import FiniteLoss, Throughput
 from callbacks.pictures import AugmentedBatch, Pictures
 from callbacks.probes import OnlineProbe
+from callbacks.score_maps import ScoreMaps
 from callbacks.seeding import StepSeed
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "FiniteLoss",
     "OnlineProbe",
     "Pictures",
+    "ScoreMaps",
     "StepSeed",
     "Throughput",
 ]

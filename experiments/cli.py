@@ -12,6 +12,7 @@
     patchlight resolutions RUN --sides 64,96,128       evaluate at several sizes, one picture
     patchlight knn --checkpoint C                      nearest neighbours of frozen features
     patchlight fewshot --checkpoint C                  linear classifiers from a few images a class
+    patchlight relabel --teacher T --data D --out DIR  a teacher's labels for token labelling
     patchlight compare RUN [RUN ...]                   one table and one page with the curves
 
 `fit` and `validate` are LightningCLI: constructor signatures are the schema of a recipe, and
@@ -48,6 +49,7 @@ from experiments.checkpoints import export, inspect
 from experiments.compare import compare
 from experiments.judge import fewshot, knn
 from experiments.look import look
+from experiments.relabel import relabel
 from experiments.resolutions import resolutions
 from experiments.start import take_weights
 from experiments.sweep import RESULT, sweep
@@ -66,6 +68,7 @@ VERBS = {
     "knn": knn,
     "fewshot": fewshot,
     "compare": compare,
+    "relabel": relabel,
 }
 LIBRARIES = (
     *("patchlight", "torch", "torchvision", "lightning", "timm", "einops", "numpy", "pillow"),

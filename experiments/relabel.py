@@ -1,0 +1,183 @@
+"""`patchlight relabel`: a teacher's scores for every cell of the training images, for LV-ViT.
+
+    patchlight relabel --teacher timm:dm_nfnet_f6 --data IMAGENET --image-size 576 --out MAPS
+    patchlight relabel --teacher RUN/checkpoints/best.ckpt --data shapes --out MAPS
+    patchlight relabel --teacher timm:resnet18 --weights FILE --data my_images --out MAPS
+    patchlight relabel --import PUBLISHED --num-classes 1000 --data IMAGENET --out MAPS
+
+Every training image is stretched to one size as a whole, and the teacher's global pooling is left
+out. The best classes of each cell are kept. A second call goes on where one was stopped, and makes
+the maps of images anew that were changed since.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from rich.console import Console
+from torch import nn
+
+from callbacks.score_maps import ScoreMaps
+from datamodules.label_maps import About, LabelMaps, begin
+from datamodules.labelling import LabellingDataModule
+from datamodules.module import IMAGENET_MEAN, IMAGENET_STD
+from datamodules.published_maps import import_published
+from datamodules.sources import Source, open_source
+from experiments.subject import open_subject
+from modules.distillation import PRETRAINED, Distillation, load
+from modules.teachers import DenseBackbone, DenseTimm, Relabeling
+from modules.weights import open_source as open_weights
+
+HEADS = ("aux_head", "head")  # the one that was trained on patches is meant, where there is one
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="patchlight relabel",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--teacher", help="timm:NAME, or a checkpoint of ours")
+    parser.add_argument("--weights", help="of timm:NAME: a file; timm's own where not given")
+    parser.add_argument("--network", help="which of several in a checkpoint, such as averaged")
+    parser.add_argument("--config", type=Path, help="a recipe that has the backbone")
+    parser.add_argument("--import", dest="published", type=Path, help="published .pt maps")
+    parser.add_argument("--data", required=True, help="a directory, or the name of a source")
+    parser.add_argument("--source-args", type=json.loads, default={}, help="JSON; of the source")
+    parser.add_argument("--out", type=Path, required=True, help="directory of the maps")
+    parser.add_argument("--num-classes", type=int, help="of the teacher; those of the data")
+    parser.add_argument("--image-size", type=int, nargs="+", help="side, or height and width")
+    parser.add_argument("--interpolation", choices=("bicubic", "bilinear"), default="bicubic")
+    parser.add_argument("--top", type=int, default=5, help="classes kept in a cell; %(default)s")
+    parser.add_argument("--remainder", action="store_true", help="keep the others' share as well")
+    parser.add_argument("--batch-size", type=int, default=32, help="%(default)s")
+    parser.add_argument("--shard-size", type=int, default=1024, help="images; %(default)s")
+    parser.add_argument("--num-workers", type=int, default=2, help="%(default)s")
+    parser.add_argument("--devices", default="auto", help="how many; %(default)s")
+    parser.add_argument("--accelerator", default="auto", help="%(default)s")
+    parser.add_argument("--precision", default="32-true", help="bf16-mixed, ...; %(default)s")
+    return parser
+
+
+def relabel(argv: Sequence[str]) -> int:
+    """The verb."""
+    given = make_parser().parse_args(argv)
+    if (given.teacher is None) == (given.published is None):
+        raise ValueError("name a teacher (--teacher), or published maps to import (--import)")
+    channels = 3
+    dense: nn.Module | None = None
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    side = (224, 224)
+    if given.teacher is not None and not given.teacher.startswith("timm:"):
+        dense, mean, std, side, channels = teacher_of_ours(given)
+    source, root = open_images(given, channels)
+    num_classes = given.num_classes or len(source.class_names)
+    if not num_classes:
+        raise ValueError("the data has no labels that tell the classes; name --num-classes")
+    if given.published is not None:
+        how = (given.published, given.out, source, root, num_classes, given.shard_size)
+        import_published(*how)
+    else:
+        if dense is None:
+            dense, mean, std, side = timm_teacher(given, num_classes, channels)
+        size = side if given.image_size is None else as_size(given.image_size)
+        about = About(
+            describe(given, size), classes_of(dense, size, channels), given.top, given.remainder
+        )
+        begin(given.out, about)
+        data = LabellingDataModule(
+            *(source, root, given.out, about, size, given.interpolation),
+            *(given.batch_size, given.shard_size, given.num_workers),
+        )
+        predict(given, Relabeling(dense, mean, std, given.top, given.remainder), data)
+    maps = LabelMaps(given.out, source, root)
+    maps.check_values()
+    rows, columns = maps.largest()
+    Console(highlight=False, markup=False, soft_wrap=True).print(
+        f"{given.out}: maps of {len(source):,} images, up to {rows}x{columns} cells, "
+        f"{maps.about.top_k} of {maps.about.num_classes} classes each"
+    )
+    return 0
+
+
+def predict(given: argparse.Namespace, module: Relabeling, data: LabellingDataModule) -> None:
+    """Make what is missing, on all devices."""
+    if not data.missing:
+        return
+    trainer = Trainer(
+        accelerator=given.accelerator,
+        devices=int(given.devices) if given.devices.isdecimal() else given.devices,
+        precision=given.precision,
+        logger=False,
+        callbacks=[ScoreMaps()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    trainer.predict(module, datamodule=data, return_predictions=False)
+    trainer.strategy.barrier()
+
+
+def open_images(given: argparse.Namespace, channels: int) -> tuple[Source, str | None]:
+    """The training images, and the root that names are relative to."""
+    if Path(given.data).exists():
+        folder = open_source("folder", "train", given.data, channels=channels, **given.source_args)
+        return folder, given.data
+    return open_source(given.data, "train", None, channels=channels, **given.source_args), None
+
+
+def as_size(sides: Sequence[int]) -> tuple[int, int]:
+    if len(sides) > 2 or min(sides) < 1:
+        raise ValueError(f"--image-size {sides}: expected a side, or height and width")
+    return sides[0], sides[-1]
+
+
+def describe(given: argparse.Namespace, size: tuple[int, int]) -> str:
+    """The teacher in words: another one must not go on with these maps."""
+    parts = [given.teacher, given.weights, given.network]
+    return " ".join([*(str(p) for p in parts if p is not None), f"at {size[0]}x{size[1]}"])
+
+
+def classes_of(teacher: nn.Module, size: tuple[int, int], channels: int) -> int:
+    """How many classes a teacher knows; that it takes such images is seen before it begins."""
+    try:
+        with torch.no_grad():
+            return int(teacher(torch.zeros(1, channels, *size)).shape[1])
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(
+            f"the teacher cannot take images of {size[0]}x{size[1]}: {error}; set --image-size"
+        ) from error
+
+
+def timm_teacher(
+    given: argparse.Namespace, num_classes: int, channels: int
+) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...], tuple[int, int]]:
+    """A timm network with weights, what it is normalised with, and its size."""
+    name = given.teacher.removeprefix("timm:")
+    network = load(Distillation(name, given.weights or PRETRAINED), num_classes, channels)
+    config: Any = network.pretrained_cfg
+    return DenseTimm(network), config["mean"], config["std"], config["input_size"][1:]
+
+
+def teacher_of_ours(
+    given: argparse.Namespace,
+) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...], tuple[int, int], int]:
+    """A network of a checkpoint with its head, and the same of it."""
+    subject = open_subject(given.teacher, given.network, given.config)
+    state = open_weights(given.teacher)[subject.network]
+    head = next((name for name in HEADS if f"{name}.weight" in state), None)
+    if head is None:
+        raise ValueError(
+            f"{given.teacher} ({subject.network}) has no head that knows classes; take a network "
+            f"that was trained on labels"
+        )
+    dense = DenseBackbone(subject.backbone, state[f"{head}.weight"], state[f"{head}.bias"])
+    side = subject.backbone.image_size or (224, 224)
+    return dense, subject.mean, subject.std, side, subject.backbone.in_channels

@@ -1,0 +1,155 @@
+"""`patchlight relabel`: maps of timm's teachers and of ours; stopped, it goes on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from callbacks.score_maps import ScoreMaps
+from datamodules.label_maps import LabelMaps, shard_path
+from datamodules.sources import open_source
+from experiments.relabel import relabel
+from tests import small
+
+ARGS = {"num_train": 10, "num_val": 2}
+SHAPES = ["--data", "shapes", "--source-args", json.dumps(ARGS), "--num-workers", "0"]
+SMALL = ["--batch-size", "2", "--shard-size", "4", "--accelerator", "cpu", "--devices", "1"]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    torch.manual_seed(0)
+    name, path = "test_resnet.r160_in1k", tmp_path_factory.mktemp("teacher") / "weights.pth"
+    torch.save(timm.create_model(name, num_classes=10).state_dict(), path)
+    return ["--teacher", f"timm:{name}", "--weights", str(path)]
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+def test_a_timm_teacher_labels_every_image(
+    teacher: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--image-size", "64", "96", "--top", "3", "--remainder"]
+    assert relabel([*teacher, *SHAPES, *SMALL, *options, "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert "maps of 10 images, up to 2x3 cells, 3 of 10 classes each" in said.out
+    assert "GB in all, about" in said.err
+    source = open_source("shapes", "train", None, channels=3, **ARGS)
+    maps = LabelMaps(tmp_path, source, None)
+    labels = maps.read(9, "teacher")
+    assert labels.ids.shape == (2, 3, 3)
+    assert len(maps.shards) == 3
+    # The scores are those of the network for the whole image, stretched.
+    network = timm.create_model(
+        "test_resnet.r160_in1k", num_classes=10, checkpoint_path=teacher[-1]
+    )
+    image = torch.from_numpy(source[9].image).permute(2, 0, 1)[None].float()
+    image = torch.nn.functional.interpolate(
+        image, (64, 96), mode="bicubic", antialias=True, align_corners=False
+    )
+    mean, std = (torch.tensor(network.pretrained_cfg[n]).view(3, 1, 1) for n in ("mean", "std"))
+    pixels = (image.round().clamp(0, 255) / 255 - mean) / std
+    answer = network.eval()(pixels)[0]
+    dense = np.repeat(labels.rest[..., None], 10, axis=-1)
+    np.put_along_axis(dense, labels.ids.astype(np.int64), labels.scores, axis=-1)
+    best = answer.argmax()
+    assert dense[..., best].mean() == pytest.approx(answer[best].item(), abs=0.02)
+
+
+class Stop(Exception):
+    pass
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_maps(
+    teacher: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(name: str) -> Path:
+        relabel([*teacher, *SHAPES, *SMALL, "--image-size", "64", "--out", str(tmp_path / name)])
+        return tmp_path / name
+
+    whole = contents(run("whole"))
+    assert len(whole) == 4
+    original = ScoreMaps.on_predict_batch_end
+
+    def stopping(self: ScoreMaps, *arguments: Any) -> None:
+        original(self, *arguments)
+        if arguments[4] == 2:  # in the midst of the second shard
+            raise Stop
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ScoreMaps, "on_predict_batch_end", stopping)
+        with pytest.raises(Stop):
+            run("stopped")
+    assert len(contents(tmp_path / "stopped")) == 2
+    first = shard_path(tmp_path / "stopped", 0)
+    made = first.stat().st_mtime_ns
+    assert contents(run("stopped")) == whole
+    assert first.stat().st_mtime_ns == made
+    shard_path(tmp_path / "stopped", 1).write_bytes(b"damaged")
+    assert contents(run("stopped")) == whole
+
+
+def test_maps_of_images_that_were_changed_or_cannot_be_read(
+    teacher: list[str], tmp_path: Path
+) -> None:
+    root = tmp_path / "images"
+    for name in ("train/a/0.png", "train/a/1.png", "train/b/2.png", "val/a/3.png", "val/b/4.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((40, 60, 3), 99, np.uint8)).save(root / name)
+    (root / "train/a/1.png").write_bytes(b"broken")
+    run = [*teacher, "--data", str(root), "--num-classes", "10", "--num-workers", "0", *SMALL]
+    run += ["--shard-size", "1", "--image-size", "64", "--out", str(tmp_path / "maps")]
+    relabel(run)
+    source = open_source("folder", "train", str(root), channels=3)
+    maps = LabelMaps(tmp_path / "maps", source, str(root))
+    assert [maps.read(i, "zeros").ids.shape[:2] for i in range(3)] == [(2, 2), (0, 0), (2, 2)]
+    before = contents(tmp_path / "maps")
+    Image.fromarray(np.full((40, 60, 3), 11, np.uint8)).save(root / "train/a/1.png")
+    relabel(run)
+    after = contents(tmp_path / "maps")
+    assert [name for name in before if before[name] != after[name]] == ["maps-00001.safetensors"]
+    assert LabelMaps(tmp_path / "maps", source, str(root)).read(1, "zeros").ids.shape[:2] == (2, 2)
+
+
+def test_a_checkpoint_of_ours_is_a_teacher(tmp_path: Path) -> None:
+    trainer = small.trainer(tmp_path, max_epochs=1)
+    trainer.fit(small.method(), small.data())
+    (last,) = tmp_path.rglob("last.ckpt")
+    run = ["--teacher", str(last), "--network", "averaged", "--data", "digits", *SMALL]
+    run += ["--shard-size", "1000", "--batch-size", "500", "--num-workers", "0"]
+    relabel([*run, "--out", str(tmp_path / "maps")])
+    source = open_source("digits", "train", None, channels=1)
+    maps = LabelMaps(tmp_path / "maps", source, None)
+    assert maps.about.num_classes == 10
+    assert maps.read(0, "zeros").ids.shape == (2, 2, 5)
+    assert maps.about.teacher.endswith("averaged at 16x16")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "name a teacher"),
+        (["--teacher", "timm:nothing"], "no model that timm knows"),
+        (["--teacher", "nowhere.ckpt"], "no such file"),
+        (["--import", "nowhere"], r"shapes|there is no label map"),
+    ],
+)
+def test_errors_name_the_fix(arguments: list[str], says: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=says):
+        relabel([*arguments, *SHAPES, *SMALL, "--out", str(tmp_path)])
+
+
+def test_another_teacher_does_not_go_on(teacher: list[str], tmp_path: Path) -> None:
+    run = [*teacher, *SHAPES, *SMALL, "--out", str(tmp_path)]
+    relabel([*run, "--image-size", "64"])
+    with pytest.raises(ValueError, match=r"holds maps with teacher .* at 64x64.* now it is"):
+        relabel([*run, "--image-size", "96"])
+    with pytest.raises(ValueError, match="top_k is 11; expected 1 to 10"):
+        relabel([*run, "--image-size", "64", "--top", "11"])

@@ -1,0 +1,88 @@
+"""Dense teachers: every cell's scores are what the network itself makes of that cell."""
+
+import pytest
+import timm
+import torch
+
+from modules.backbones import LVViT, ViT
+from modules.supervised import Classifier
+from modules.teachers import DenseBackbone, DenseTimm, keep_best
+
+# Networks that average cells just before a linear classifier, and what comes between in others
+LINEAR = ["test_resnet.r160_in1k", "test_efficientnet.r160_in1k"]
+OTHERS = ["test_convnext.r160_in1k", "test_vit.r160_in1k", "test_mambaout"]
+
+
+def network(name: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    size = {"img_size": (64, 96)} if "vit" in name else {}
+    return timm.create_model(name, num_classes=7, **size).eval()
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_the_mean_over_cells_is_the_networks_own_answer(name: str) -> None:
+    teacher, images = network(name), torch.randn(2, 3, 64, 96)
+    scores = DenseTimm(teacher)(images)
+    assert scores.shape[:2] == (2, 7)
+    assert scores.shape[2] < scores.shape[3]
+    torch.testing.assert_close(scores.mean((2, 3)), teacher(images), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_each_cell_goes_through_all_that_comes_before_the_classifier(name: str) -> None:
+    """A network that sees the same cell everywhere says of the image what it says of the cell."""
+    teacher, images = network(name), torch.randn(2, 3, 64, 96)
+    features = teacher.forward_features(images)
+    scores = DenseTimm(teacher)(images)
+    if features.ndim == 3:
+        cell = features[:, teacher.num_prefix_tokens + 4]
+        alike = cell[:, None].expand_as(features)
+        place = (4 // scores.shape[3], 4 % scores.shape[3])
+    else:
+        place, channels_last = (0, 1), features.shape[3] == teacher.num_features
+        alike = features[:, :1, 1:2] if channels_last else features[:, :, :1, 1:2]
+        alike = alike.expand_as(features)
+    torch.testing.assert_close(
+        scores[:, :, place[0], place[1]], teacher.forward_head(alike), atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("pooling", ["avg", "norm_avg", "cls"])
+def test_backbones_of_ours(pooling: str) -> None:
+    torch.manual_seed(0)
+    vit = ViT("mu", 8, (16, 24), pooling=pooling)  # type: ignore[arg-type]
+    classifier = Classifier(vit, 5).eval()
+    torch.nn.init.normal_(classifier.head.bias)
+    teacher = DenseBackbone(vit, classifier.head.weight, classifier.head.bias)
+    images = torch.randn(2, 3, 16, 24)
+    scores = teacher(images)
+    assert scores.shape == (2, 5, 2, 3)
+    if pooling == "norm_avg":
+        torch.testing.assert_close(scores.mean((2, 3)), classifier(images), atol=1e-5, rtol=1e-5)
+    patch = vit(images).patches[:, 4]
+    patch = vit.fc_norm(patch) if pooling == "avg" else patch
+    torch.testing.assert_close(scores[:, :, 1, 1], classifier.head(patch), atol=1e-5, rtol=1e-5)
+
+
+def test_attention_pooling_is_refused() -> None:
+    vit = ViT("mu", 8, 16, pooling="map")
+    with pytest.raises(ValueError, match="this teacher pools by attention"):
+        DenseBackbone(vit, torch.zeros(5, 32), torch.zeros(5))
+    teacher = DenseBackbone(LVViT("mu", 8, 16), torch.zeros(5, 32), torch.zeros(5))
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_the_best_are_kept_and_the_others_summed() -> None:
+    torch.manual_seed(0)
+    scores = torch.randn(2, 6, 3, 4) * 4
+    found = keep_best(scores, 2, remainder=True)
+    assert found.scores.shape == found.ids.shape == (2, 3, 4, 2)
+    assert (found.scores.dtype, found.ids.dtype) == (torch.float16, torch.int32)
+    cells = scores.movedim(1, -1)
+    picked = cells.gather(-1, found.ids.long())
+    torch.testing.assert_close(picked.half(), found.scores)
+    assert torch.equal(picked[..., 0], cells.amax(-1))
+    total = torch.cat((found.scores.float(), found.remainder[..., None].float()), -1).logsumexp(-1)
+    torch.testing.assert_close(total, cells.logsumexp(-1), atol=1e-2, rtol=1e-2)
+    assert keep_best(scores, 2, remainder=False).remainder is None
+    assert keep_best(scores, 6, remainder=True).remainder.isfinite().all()
