@@ -12,13 +12,14 @@ class Average(NamedTuple):
     """target <- decay * target + (1 - decay) * source, for every parameter.
 
     buffers: what becomes of them: "copy" takes the source's as they are; "average" treats those
-             of floating point like parameters (timm's ModelEma) and copies the others.
+             of floating point like parameters (timm's ModelEma) and copies the others; "keep"
+             leaves them to the target, whose batch norms see data themselves (DINO, MoCo).
     """
 
     target: nn.Module
     source: nn.Module
     decay: float
-    buffers: Literal["copy", "average"] = "copy"
+    buffers: Literal["copy", "average", "keep"] = "copy"
 
 
 class HasAverages(Protocol):
@@ -43,7 +44,7 @@ def advance(average: Average) -> None:
         if average.buffers == "average" and kept.is_floating_point():
             targets.append(kept)
             current.append(buffer)
-        else:
+        elif average.buffers != "keep":
             kept.copy_(buffer)
     sources = [source.to(t.dtype) for t, source in zip(targets, current, strict=True)]
     for target in targets:

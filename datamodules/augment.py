@@ -19,7 +19,7 @@ BITS = 0xFFFFFFFF
 PLACES = 1 << 20  # where the noise of an image may begin
 # Streams: draws of one kind never meet those of another. Their numbers are part of every result.
 ERASE, NOISE, MIX, CHOICE, BLUR, JITTER, VIEW, FLIP, GRAY, SOLARIZE = range(1, 11)
-HIDE, BLOCKS, TOKENS = 11, 12, 13
+HIDE, BLOCKS, REMOVE, TOKENS = 11, 12, 13, 14
 
 
 def hash32(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
@@ -35,15 +35,33 @@ def hash32(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
 
 def words(keys: Int[Tensor, " b"], stream: int, count: int) -> Int[Tensor, "b {count}"]:
     """`count` random 32-bit integers for every key; another stream gives others."""
+    return words_at(keys[:, None], stream, torch.arange(count, device=keys.device)[None])
+
+
+def words_at(
+    keys: Int[Tensor, "#b #n"], stream: int, counters: Int[Tensor, "#b #n"]
+) -> Int[Tensor, "b n"]:
+    """Those of `words` that stand at these places in a key's row."""
     low, high = keys & BITS, keys >> 32
     seeds = hash32(hash32(low ^ stream * 0x9E3779B9 & BITS) ^ high & BITS)
-    counters = torch.arange(count, device=keys.device) * 0x9E3779B9 & BITS
-    return hash32(hash32(seeds[:, None] ^ counters) ^ low[:, None])
+    return hash32(hash32(seeds ^ counters * 0x9E3779B9 & BITS) ^ low)
 
 
 def uniforms(keys: Int[Tensor, " b"], stream: int, count: int) -> Float[Tensor, "b {count}"]:
     """`count` numbers in (0, 1) for every key; another stream gives others."""
-    return ((words(keys, stream, count) >> 9).float() + 0.5) * 2.0**-23
+    return unit(words(keys, stream, count))
+
+
+def uniforms_at(
+    keys: Int[Tensor, "#b #n"], stream: int, counters: Int[Tensor, "#b #n"]
+) -> Float[Tensor, "b n"]:
+    """Those of `uniforms` that stand at these places in a key's row."""
+    return unit(words_at(keys, stream, counters))
+
+
+def unit(drawn: Int[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+    """32-bit integers as numbers in (0, 1)."""
+    return ((drawn >> 9).float() + 0.5) * 2.0**-23
 
 
 def view_keys(keys: Int[Tensor, " b"], count: int) -> Int[Tensor, "{count} b"]:

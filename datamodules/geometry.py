@@ -124,8 +124,7 @@ def timm_rand_augment(
     for operation in transform.ops:
         if operation.name.startswith("Posterize"):
             operation.aug_fn = posterize
-        if wrap is not None:
-            operation.aug_fn = wrap(operation.name, operation.aug_fn)
+        operation.aug_fn = wrap(operation.name, operation.aug_fn)
 
     def apply(image: Array, key: int) -> Array:
         python_state, numpy_state = random.getstate(), np.random.get_state()

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningDataModule
@@ -12,8 +11,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from datamodules.batch import ImageBatch, MultiCropBatch, PackedBatch, TokenLabelBatch
 from datamodules.geometry import Augment, timm_rand_augment
-from datamodules.sampling import epoch_order, run_seed
-from datamodules.sources import Source, Split, Subset, open_source
+from datamodules.sampling import run_seed
+from datamodules.sources import Source, Split, open_source, some_of
 from datamodules.unreadable import Unreadable
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -213,7 +212,7 @@ class SourceDataModule(LightningDataModule):
         source = self.train_source if split == "train" else self.val_source
         if count is None or count >= len(source):
             return source
-        return Subset(source, np.sort(epoch_order(len(source), 0, 0)[:count]))
+        return some_of(source, count)
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Note unreadable images while the flags are still on the CPU."""

@@ -15,6 +15,8 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
+from datamodules.sampling import epoch_order
+
 Split = Literal["train", "val"]
 
 
@@ -308,6 +310,9 @@ def open_source(
 ) -> Source:
     """The training or the held-out part of a source, with images of 1 or 3 channels.
 
+    Every source has the option `num_train`: so many of its training images, always the same. The
+    embedded `shapes` makes as many; of others they are drawn at random.
+
     Raises:
         ValueError: an unknown source or option, or data that is not there.
     """
@@ -328,8 +333,21 @@ def open_source(
         hint = f"; did you mean {close[0]}?" if close else ""
         raise ValueError(f"unknown data.source {name!r}; known: {known}{hint}")
     accepted = set(inspect.signature(make).parameters) - {"split", "root", "channels"}
+    count = None if "num_train" in accepted else options.pop("num_train", None)
     for option in options:
         if option not in accepted:
-            takes = ", ".join(sorted(accepted - {"name"})) or "none"
+            takes = ", ".join(sorted(accepted - {"name"} | {"num_train"}))
             raise ValueError(f"source {name!r} has no option {option!r}; it takes: {takes}")
-    return make(split=split, root=root, channels=channels, **options)
+    source = make(split=split, root=root, channels=channels, **options)
+    return source if count is None or split != "train" else some_of(source, count)
+
+
+def some_of(source: Source, count: int) -> Subset:
+    """So many images, always the same ones.
+
+    Raises:
+        ValueError: none, or more than there are.
+    """
+    if not isinstance(count, int) or not 1 <= count <= len(source):
+        raise ValueError(f"num_train is {count}; expected 1 to {len(source)}, which there are")
+    return Subset(source, np.sort(epoch_order(len(source), 0, 0)[:count]))

@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from callbacks.checkpoint import read_checkpoint
 from experiments.subject import backbone_kept_in
 from modules import weights
+from modules.backbones import Backbone
 from modules.weights.files import read
 from modules.weights.inspect import UNKNOWN, Description, describe
 
@@ -100,7 +101,7 @@ def export(argv: Sequence[str]) -> int:
     config = given.config or given.checkpoint.parent.parent / "config.yaml"
     method = build_method(config)
     method.load_state_dict(checkpoint["state_dict"], strict=True)
-    network = choose_network(method, given.network)
+    network = useful_part(choose_network(method, given.network))
     given.out.parent.mkdir(parents=True, exist_ok=True)
     temporary = given.out.with_name(f".{os.getpid()}{given.out.suffix}")
     try:
@@ -114,7 +115,9 @@ def export(argv: Sequence[str]) -> int:
     count = sum(parameter.numel() for parameter in network.parameters())
     print(f"wrote {given.out}: {count:,} parameters of step {checkpoint['global_step']}")
     if given.out.suffix == ".safetensors":
-        print("timm's VisionTransformer takes them with", weights.timm_arguments(network))
+        arguments = weights.timm_arguments(network)
+        which = "create_model" if "model_name" in arguments else "VisionTransformer"
+        print(f"timm's {which} takes them with", arguments)
     return 0
 
 
@@ -153,12 +156,37 @@ def choose_network(method: LightningModule, name: str | None) -> nn.Module:
     return networks[name]
 
 
+def useful_part(network: nn.Module) -> nn.Module:
+    """A classifier as it is; of other networks the backbone: only training needs the rest."""
+    has_classes = isinstance(getattr(network, "head", None), nn.Linear)
+    has_classes |= isinstance(getattr(network, "heads", None), nn.Module)  # a probe
+    return network if has_classes else network.get_submodule("backbone")
+
+
+class Embedding(nn.Module):
+    """The vector of an image that a backbone pools."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        pooled: torch.Tensor = self.backbone(images).pooled
+        return pooled
+
+
 def write_onnx(network: nn.Module, path: Path) -> None:
-    """Images [batch, c, height, width] to logits, for any batch size, at the trained resolution."""
+    """Images [batch, c, height, width] to logits, or of a bare backbone to embeddings.
+
+    For any batch size, at the trained resolution.
+    """
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ValueError("ONNX needs two more packages: pip install -e '.[onnx]'") from error
+    output = "logits"
+    if isinstance(network, Backbone):
+        network, output = Embedding(network), "embeddings"
     backbone: Any = network.backbone
     images = torch.zeros(2, backbone.in_channels, *backbone.image_size)
     with torch.no_grad():
@@ -171,7 +199,7 @@ def write_onnx(network: nn.Module, path: Path) -> None:
             path,
             dynamo=True,
             input_names=["images"],
-            output_names=["logits"],
+            output_names=[output],
             dynamic_shapes={"images": {0: "batch"}},
             external_data=False,
             verbose=False,

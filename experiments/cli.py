@@ -13,6 +13,7 @@
     patchlight knn --checkpoint C                      nearest neighbours of frozen features
     patchlight fewshot --checkpoint C                  linear classifiers from a few images a class
     patchlight relabel --teacher T --data D --out DIR  a teacher's labels for token labelling
+    patchlight jaccard --checkpoint C                  whether attention finds the objects
     patchlight compare RUN [RUN ...]                   one table and one page with the curves
 
 `fit` and `validate` are LightningCLI: constructor signatures are the schema of a recipe, and
@@ -47,6 +48,7 @@ from callbacks.seeding import StepSeed
 from datamodules.check import main as check_data
 from experiments.checkpoints import export, inspect
 from experiments.compare import compare
+from experiments.jaccard import jaccard
 from experiments.judge import fewshot, knn
 from experiments.look import look
 from experiments.relabel import relabel
@@ -67,6 +69,7 @@ VERBS = {
     "resolutions": resolutions,
     "knn": knn,
     "fewshot": fewshot,
+    "jaccard": jaccard,
     "compare": compare,
     "relabel": relabel,
 }

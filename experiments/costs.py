@@ -68,15 +68,16 @@ def cost_of(run: Run) -> Cost:
 def backbone_name(run: Run, side: tuple[int, int] | None) -> str:
     """Family, variant, patch and image side, such as `ViT-S/16 224`, and what is not the variant's.
 
-    Empty where the run has no backbone.
+    A network of timm's has its name, `timm:resnet50 224`. Empty where the run has no backbone.
     """
     given = run.arguments.get("backbone")
     if not isinstance(given, dict):
         return ""
     arguments = part(given, "init_args")
     name = str(given.get("class_path", "")).rsplit(".", 1)[-1]
-    variant = arguments.get("variant") or arguments.get("name")
-    name += f"-{variant}" if variant else ""
+    if name == "Timm":
+        name = f"timm:{arguments.get('name')}"
+    name += f"-{arguments['variant']}" if arguments.get("variant") else ""
     name += f"/{arguments['patch_size']}" if arguments.get("patch_size") else ""
     if side is not None:
         name += f" {side[0]}" if side[0] == side[1] else f" {side[0]}x{side[1]}"

@@ -43,9 +43,13 @@ def make_parser(verb: str, description: str) -> argparse.ArgumentParser:
     )
     add_arguments(parser)
     parser.add_argument("--data", help="a recipe, a directory, or the name of a source")
-    parser.add_argument("--max-train", type=int, help="use so many of the training images")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; the first of them there is")
     return parser
+
+
+def with_training(parser: argparse.ArgumentParser) -> None:
+    """For verbs that learn from the training images."""
+    parser.add_argument("--max-train", type=int, help="use so many of the training images")
 
 
 def numbers(text: str, name: str, kind: type[int] | type[float]) -> list[Any]:
@@ -93,7 +97,7 @@ def open_data(
     """The data module, set up and fitted to the backbone, and the arguments it was made of.
 
     Raises:
-        ValueError: no such data, options it does not take, data without labels.
+        ValueError: no such data, options it does not take.
     """
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
@@ -108,8 +112,6 @@ def open_data(
     data.fit_to(Needs.of(subject.backbone))
     data.prepare_data()
     data.setup("validate")
-    if not data.class_names:
-        raise ValueError("the data has no labels, and judging features needs them")
     return data, config.data.as_dict()
 
 
@@ -131,34 +133,26 @@ def with_labels(found: Frozen) -> Frozen:
     return found if bool(labelled.all()) else Frozen(*(side[labelled] for side in found))
 
 
-class Judged:
-    """What every protocol needs: the features of both splits, and where results go."""
+class Case:
+    """A network, data to judge it on, and where results go."""
 
     def __init__(self, given: argparse.Namespace, options: Sequence[str]) -> None:
-        if given.max_train is not None and given.max_train < 1:
-            raise ValueError(f"--max-train is {given.max_train}; expected at least 1")
         self.subject = open_subject(given.checkpoint, given.network, given.config)
-        self.data, section = open_data(self.subject, given.data, options)
-        self.num_classes = len(self.data.class_names)
-        device = choose_device(given.device)
+        self.data, self.section = open_data(self.subject, given.data, options)
+        self.device = choose_device(given.device)
         # Of the run's own data as it is; other measurements stand beside these, not in their place.
-        asked = (given.data, given.max_train, sorted(options))
+        asked = (given.data, getattr(given, "max_train", None), sorted(options))
         digest = hashlib.sha256(repr(asked).encode()).hexdigest()[:8]
         self.variant = "" if asked == (None, None, []) else f".{digest}"
-        splits = (("train", given.max_train), ("val", None))
-        features = [
-            frozen_features(self.subject, self.data, section, split, count, device)  # type: ignore[arg-type]
-            for split, count in splits
-        ]
-        self.train, self.val = (with_labels(found) for found in features)
         where = " " + str(self.data.root) if self.data.root else ""
         self.about = f"{self.data.source}{where}"
 
-    def report(self, protocol: str, main: str, table: Table, values: dict[str, float]) -> None:
+    def report(
+        self, protocol: str, main: str, table: Table, values: dict[str, float], images: str
+    ) -> None:
         """Print a table, and keep the values in the run."""
-        sizes = f"{len(self.train.labels):,} training and {len(self.val.labels):,} held-out images"
         console = Console(highlight=False, markup=False, soft_wrap=True)
-        console.print(f"{protocol} of {self.subject.title} on {self.about}: {sizes}")
+        console.print(f"{protocol} of {self.subject.title} on {self.about}: {images}")
         console.print(table)
         if self.subject.run is None:
             return
@@ -167,14 +161,40 @@ class Judged:
             checkpoint=self.subject.checkpoint,
             network=self.subject.network,
             fingerprint=self.subject.fingerprint,
-            data=f"{self.about}: {sizes}",
+            data=f"{self.about}: {images}",
         )
         console.print(f"kept in {path}")
+
+
+class Judged(Case):
+    """With the features of both splits.
+
+    Raises:
+        ValueError: data without labels.
+    """
+
+    def __init__(self, given: argparse.Namespace, options: Sequence[str]) -> None:
+        if given.max_train is not None and given.max_train < 1:
+            raise ValueError(f"--max-train is {given.max_train}; expected at least 1")
+        super().__init__(given, options)
+        self.num_classes = len(self.data.class_names)
+        if self.num_classes == 0:
+            raise ValueError("the data has no labels, and judging features needs them")
+        splits = (("train", given.max_train), ("val", None))
+        features = [
+            frozen_features(self.subject, self.data, self.section, split, count, self.device)  # type: ignore[arg-type]
+            for split, count in splits
+        ]
+        self.train, self.val = (with_labels(found) for found in features)
+        self.sizes = (
+            f"{len(self.train.labels):,} training and {len(self.val.labels):,} held-out images"
+        )
 
 
 def knn(argv: Sequence[str]) -> int:
     """The verb."""
     parser = make_parser("knn", "Classify held-out images by their nearest training images.")
+    with_training(parser)
     parser.add_argument("--k", default="10,20,100,200", help="neighbours; %(default)s")
     parser.add_argument("--temperature", type=float, default=0.07, help="of votes; %(default)s")
     given, options = parser.parse_known_args(argv)
@@ -194,13 +214,14 @@ def knn(argv: Sequence[str]) -> int:
         table.add_row(str(k), *(f"{100 * share:.2f} %" for share in shares))
     # One k for all networks: the best one would be chosen on the images it is judged by.
     main = 20 if 20 in found else ks[0]
-    judged.report("knn", f"top1 k={main}", table, values)
+    judged.report("knn", f"top1 k={main}", table, values, judged.sizes)
     return 0
 
 
 def fewshot(argv: Sequence[str]) -> int:
     """The verb."""
     parser = make_parser("fewshot", "Linear classifiers from a few images a class, in closed form.")
+    with_training(parser)
     parser.add_argument("--shots", default="1,5,10,25", help="images a class; %(default)s")
     parser.add_argument("--seeds", type=int, default=3, help="draws of them; %(default)s")
     parser.add_argument("--l2", default=f"{L2:g}", help="regularisers; %(default)s")
@@ -218,5 +239,6 @@ def fewshot(argv: Sequence[str]) -> int:
         cells = (f"{outcome.l2:g}", f"{100 * outcome.mean:.2f} %", f"{100 * outcome.std:.2f}")
         table.add_row(str(outcome.shots), *cells)
     main = 10 if 10 in shots else shots[-1]
-    judged.report("fewshot", next(n for n in values if n.startswith(f"{main}-shot")), table, values)
+    shown = next(name for name in values if name.startswith(f"{main}-shot"))
+    judged.report("fewshot", shown, table, values, judged.sizes)
     return 0

@@ -4,12 +4,14 @@
     patchlight look --checkpoint dino_deitsmall8.pth --images DIR --side 480
 
 Images are cut to the largest centred box of the wanted aspect and resized. The pictures are those
-of `modules.drawing.pictures_of`.
+of `modules.drawing.pictures_of`, and of a masked autoencoder its reconstructions.
 """
 
 import argparse
+import inspect
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +25,18 @@ from datamodules.folder import decode
 from datamodules.geometry import EvalGeometry
 from datamodules.index import open_index
 from datamodules.sources import BadImageError
-from experiments.subject import add_arguments, open_subject
+from experiments.subject import (
+    RANDOM,
+    Subject,
+    add_arguments,
+    hyper_parameters_of,
+    open_subject,
+    read_config,
+)
 from modules.backbones import Backbone
 from modules.drawing import pictures_of
+from modules.mae import Autoencoder
+from modules.weights import load, open_source
 
 
 def chosen_paths(images: Path, count: int) -> list[Path]:
@@ -87,6 +98,33 @@ def size_for(backbone: Backbone, side: int | None, size: Sequence[int] | None) -
     return wanted
 
 
+def autoencoder_of(subject: Subject, config: Path | None, console: Console) -> Autoencoder | None:
+    """The masked autoencoder that a subject is the encoder of; None where there is no decoder.
+
+    Its options are those of the recipe, of the run, or those kept in the checkpoint.
+    """
+    if subject.checkpoint == RANDOM:
+        return None
+    if "decoder_embed.weight" not in open_source(subject.checkpoint)[subject.network]:
+        return None
+    options: dict[str, Any] = hyper_parameters_of(subject.checkpoint)
+    path = config or (None if subject.run is None else subject.run / "config.yaml")
+    if path is not None:
+        options = read_config(path)["model"].get("init_args") or {}
+    elif "mask_ratio" not in options:
+        console.print(
+            f"{subject.checkpoint} has a decoder, but does not tell how it was trained; "
+            f"--config RECIPE (such as experiments/mae/vit_b16.yaml) would show reconstructions",
+            markup=False,
+        )
+        return None
+    known = [name for name in inspect.signature(Autoencoder).parameters if name != "backbone"]
+    given = {name: options[name] for name in known if name in options}
+    network = Autoencoder(subject.backbone, **given)
+    load(network, subject.checkpoint, subject.network)
+    return network.eval()
+
+
 def write_png(picture: Tensor, path: Path) -> None:
     """[3, height, width] in [0, 1] as a file."""
     pixels = (picture * 255.0).round().to(torch.uint8).permute(1, 2, 0).contiguous()
@@ -135,14 +173,12 @@ def look(argv: Sequence[str]) -> int:
     def with_bar(groups: Sequence[Tensor]) -> Iterable[Tensor]:
         return track(groups, description="looking", console=console, transient=True)
 
-    pictures = pictures_of(
-        backbone.to(device),
-        normalize(images.to(device), subject.mean, subject.std),
-        subject.mean,
-        subject.std,
-        given.mass,
-        with_bar,
-    )
+    normal = normalize(images.to(device), subject.mean, subject.std)
+    by = (subject.mean, subject.std)
+    pictures = pictures_of(backbone.to(device), normal, *by, given.mass, with_bar)
+    autoencoder = autoencoder_of(subject, given.config, console)
+    if autoencoder is not None:
+        pictures["reconstruction"] = autoencoder.to(device).picture(normal, *by)
     out = given.out or (Path("pictures") if subject.run is None else subject.run / "pictures")
     out.mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():

@@ -11,6 +11,7 @@ All of it is resolved in the run's `config.yaml`, so `--resume` and `validate` d
 nothing lies in a temporary file that further processes of the run would miss.
 """
 
+import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,14 +19,15 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+import modules
 from experiments.subject import (
-    arguments_told_by,
     backbone_kept_in,
     default_part,
     normalisation_of,
     read_config,
     read_yaml,
     run_of,
+    told_by,
 )
 from modules.weights import open_source
 from modules.weights.inspect import UNKNOWN
@@ -75,6 +77,7 @@ def take_weights(arguments: list[str]) -> list[str]:
     method = last_class(recipes, "model")
     if method is None:
         raise ValueError(f"--weights {weights[-1]} needs --config RECIPE, which names the method")
+    check_takes_weights(method)
     parts = open_source(weights[-1])
     part = networks[-1] if networks else default_part(parts)
     if part not in parts:
@@ -84,9 +87,8 @@ def take_weights(arguments: list[str]) -> list[str]:
     backbone = config.get("model", {}).get("init_args", {}).get("backbone")
     backbone = backbone or backbone_kept_in(weights[-1])
     if backbone is None:
-        init_args = arguments_told_by(parts[part], weights[-1])
-        backbone = {"class_path": "modules.backbones.ViT", "init_args": init_args}
-        settle_unknown(init_args, recipes, options, weights[-1])
+        backbone = told_by(parts[part], weights[-1])
+        settle_unknown(backbone["init_args"], recipes, options, weights[-1])
     before = [f"--model.class_path={method}", f"{BACKBONE}={json.dumps(backbone)}"]
     before += data_options(
         weights[-1], config, backbone["init_args"].get("in_channels", 3), recipes
@@ -95,6 +97,20 @@ def take_weights(arguments: list[str]) -> list[str]:
     named = part if len(parts) > 1 else "null"
     load = [f"--model.init_args.weights={weights[-1]}", f"--model.init_args.weights_part={named}"]
     return [verb, *before, *configs, *load, *options]
+
+
+def check_takes_weights(method: str) -> None:
+    """Refuse a method that begins with first values, before the parser does with a page of text.
+
+    Raises:
+        ValueError: such a one.
+    """
+    found = getattr(modules, method.removeprefix("modules."), None)
+    if found is not None and "weights" not in inspect.signature(found).parameters:
+        raise ValueError(
+            f"{method} begins with first values and takes no --weights; --resume RUN goes on with "
+            f"a run"
+        )
 
 
 def as_recipe(path: str) -> dict[str, Any] | None:

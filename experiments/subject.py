@@ -17,7 +17,7 @@ from rich.console import Console
 
 from callbacks.checkpoint import read_checkpoint
 from datamodules.module import IMAGENET_MEAN, IMAGENET_STD
-from modules.backbones import Backbone, BlockStyle, Positions, ViT
+from modules.backbones import Backbone, BlockStyle, Positions, Timm, ViT
 from modules.weights import load_backbone, open_source
 from modules.weights.files import State
 from modules.weights.inspect import UNKNOWN, describe
@@ -141,14 +141,20 @@ def run_of(checkpoint: Path) -> Path | None:
 
 def backbone_kept_in(checkpoint: str) -> dict[str, Any] | None:
     """The backbone as a run of ours wrote it into its checkpoint, None in files of others."""
-    if not checkpoint.endswith(".ckpt"):
-        return None
-    try:
-        kept = read_checkpoint(checkpoint).get("hyper_parameters", {}).get("backbone")
-    except (ValueError, AttributeError):
-        return None
+    kept = hyper_parameters_of(checkpoint).get("backbone")
     is_ours = isinstance(kept, dict) and str(kept.get("class_path")).startswith("modules.")
     return kept if is_ours else None
+
+
+def hyper_parameters_of(checkpoint: str) -> dict[str, Any]:
+    """The arguments of the method as a run of ours wrote them, none in files of others."""
+    if not checkpoint.endswith(".ckpt"):
+        return {}
+    try:
+        kept = read_checkpoint(checkpoint).get("hyper_parameters")
+    except (ValueError, AttributeError):
+        return {}
+    return kept if isinstance(kept, dict) else {}
 
 
 def read_yaml(path: Path, option: str) -> Any:
@@ -194,24 +200,33 @@ def default_part(parts: dict[str, State]) -> str:
     return next((name for name in PREFERRED if name in parts), next(iter(parts)))
 
 
-def arguments_told_by(state: State, checkpoint: str) -> dict[str, Any]:
-    """Arguments of a ViT that names and shapes of a file tell, UNKNOWN where they do not.
+def told_by(state: State, checkpoint: str) -> dict[str, Any]:
+    """The class and arguments of a backbone that names and shapes of a file tell.
+
+    A ViT of ours, with UNKNOWN for arguments that they do not tell; for `timm:NAME` where it is
+    none, timm's network.
 
     Raises:
-        ValueError: no ViT of ours.
+        ValueError: neither.
     """
     found = describe(state).backbone
+    if found is None and checkpoint.startswith("timm:"):
+        name = checkpoint.removeprefix("timm:")
+        return {"class_path": "modules.backbones.Timm", "init_args": {"name": name}}
     if found is None:
         raise ValueError(
             f"{checkpoint} holds no ViT that names and shapes tell; name a recipe with its "
             f"backbone: --config RECIPE"
         )
-    return found
+    return {"class_path": "modules.backbones.ViT", "init_args": found}
 
 
 def backbone_told_by(state: State, checkpoint: str) -> Backbone:
     """What the names and shapes of a file tell; options that leave no trace have their defaults."""
-    found = arguments_told_by(state, checkpoint)
+    told = told_by(state, checkpoint)
+    found = told["init_args"]
+    if told["class_path"] == "modules.backbones.Timm":
+        return Timm(**found)
     if UNKNOWN in found.values():
         missing = next(name for name, value in found.items() if value == UNKNOWN)
         raise ValueError(

@@ -4,16 +4,18 @@
     token_labeling.py  TokenLabeling  LV-ViT and ReLabel: a teacher's label for every token
     dino.py            DINO           self-distillation of several views, without labels
     moco.py            MoCo           MoCo v3: two views of an image against all other images
+    mae.py             MAE            a masked autoencoder: predicts the pixels of removed patches
     probe.py           LinearProbe    linear heads on a frozen backbone, as MAE and DINO are judged
 
 and what they share: `optim`, `lars`, `schedules`, `losses`, `scores`, `token_loss`, `dino_loss`,
-`ibot`, `checks`, `networks`, `distillation`, `weights`, `backbones`, and, to look inside,
-`analysis` and `drawing`.
+`ibot`, `masking`, `checks`, `networks`, `distillation`, `weights`, `backbones`, and, to look
+inside, `analysis`, `drawing` and `reconstruction`.
 """
 
 from jsonargparse import set_parsing_settings
 
 from modules.dino import DINO
+from modules.mae import MAE
 from modules.moco import MoCo
 from modules.probe import LinearProbe
 from modules.supervised import Supervised
@@ -34,4 +36,4 @@ set_parsing_settings(
     instantiate_subclass_spec_in_any=False,
 )
 
-__all__ = ["DINO", "LinearProbe", "MoCo", "Supervised", "TokenLabeling"]
+__all__ = ["DINO", "MAE", "LinearProbe", "MoCo", "Supervised", "TokenLabeling"]

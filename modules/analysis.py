@@ -8,6 +8,7 @@ pass, and rows of the softmax are computed from them afterwards, for chosen quer
     rollout(seen)                   [b, rows, columns]      the same through all layers
     attention_distance(seen)        [layers, h]             in pixels
     patch_pca(seen.features.patches)
+    jaccard(keep_mass(readout_attention(seen)), masks)
 
 Nothing here depends on a class token. What an image's vector is read from is defined once, the
 read-out's attention: with pooling "cls" the class token's row of the last block; with attention
@@ -217,6 +218,27 @@ def keep_mass(
     is_kept = ascending.cumsum(dim=-1) > 1.0 - mass
     back = torch.zeros_like(is_kept).scatter(-1, order, is_kept)
     return back.view(attention.shape)
+
+
+def jaccard(
+    is_kept: Bool[Tensor, "*b rows columns"], is_object: Bool[Tensor, "*b height width"]
+) -> Float[Tensor, "*b"]:
+    """Intersection over union of maps of patches with masks, in pixels of the masks.
+
+    How DINO measures that attention finds objects (Caron et al. 2021, figure 4).
+
+    Raises:
+        ValueError: masks whose sides are no multiples of the map's.
+    """
+    down, across = (a // b for a, b in zip(is_object.shape[-2:], is_kept.shape[-2:], strict=True))
+    fine = is_kept.repeat_interleave(down, dim=-2).repeat_interleave(across, dim=-1)
+    if fine.shape[-2:] != is_object.shape[-2:]:
+        raise ValueError(
+            f"masks of {tuple(is_object.shape[-2:])} pixels for {tuple(is_kept.shape[-2:])} "
+            f"patches; expected whole pixels in a patch"
+        )
+    both, either = (fine & is_object).sum((-2, -1)), (fine | is_object).sum((-2, -1))
+    return both / either.clamp_min(1)
 
 
 @torch.no_grad()

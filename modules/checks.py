@@ -1,5 +1,6 @@
 """What methods ask of their arguments, their data and the trainer before the first step."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -29,6 +30,30 @@ def check_masks(backbone: Backbone) -> None:
         raise ValueError(
             f"masked_patches hides patches, and {type(backbone).__name__} takes no masks; set "
             f"masked_patches to null or use modules.backbones.ViT"
+        )
+
+
+def check_weights(weights: str | None, part: str | None, drop: Sequence[str]) -> None:
+    """Refuse to be told how to read a file where none is named.
+
+    Raises:
+        ValueError: so it is.
+    """
+    if weights is None and (part is not None or drop):
+        raise ValueError("weights_part and weights_drop are about weights, which is not set")
+
+
+def check_visible(backbone: Backbone) -> None:
+    """Refuse a backbone that needs all patches of an image.
+
+    Raises:
+        ValueError: such a one.
+    """
+    if not backbone.takes_visible:
+        raise ValueError(
+            f"MAE shows its encoder some patches and no others, and this {type(backbone).__name__} "
+            f"needs the whole grid (relative positions and windows do); use modules.backbones.ViT "
+            f"with learned1d, learned2d or sincos2d positions"
         )
 
 

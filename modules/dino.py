@@ -27,6 +27,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
@@ -37,14 +38,15 @@ from datamodules.module import Needs, SourceDataModule
 from datamodules.views import NUM_GLOBAL
 from modules import optim
 from modules.backbones import Backbone
-from modules.checks import check_at_least, check_masks, check_precision
+from modules.checks import check_at_least, check_masks, check_precision, check_weights
 from modules.dino_loss import Center, Targets, diagnose, koleo, sinkhorn_targets, view_loss
 from modules.dino_network import Head, Network, Seen
 from modules.drawing import pictures_of
 from modules.ibot import Hidden, MaskedPatches, PatchLoss, hide
-from modules.networks import embed
+from modules.networks import embed, teaching
 from modules.optim import Optimization
 from modules.schedules import dino_cosine, warmup_cosine
+from modules.weights import load_backbone
 
 OPTIMIZATION = Optimization(
     base_lr=5e-4,
@@ -86,6 +88,10 @@ class DINO(LightningModule):
         masked_patches: has the student guess patches that it does not see as well (iBOT, DINOv2);
             null for none.
         koleo: weight of the KoLeo regulariser on the student's global views; 0.1 in DINOv2.
+        weights: checkpoint whose backbone to begin with, ours or others' (`modules.weights`), in
+            student and teacher; null for first values. Heads begin anew.
+        weights_part: which network of the file, where it holds several (averaged, teacher).
+        weights_drop: names of the file that may be left over, beyond heads and decoders.
         stop_on_collapse: ends a run that has collapsed, and says which way.
 
     Raises:
@@ -110,6 +116,9 @@ class DINO(LightningModule):
         center_momentum: float = 0.9,
         masked_patches: MaskedPatches | None = None,
         koleo: float = 0.0,
+        weights: str | None = None,
+        weights_part: str | None = None,
+        weights_drop: Sequence[str] = (),
         stop_on_collapse: bool = True,
     ) -> None:
         super().__init__()
@@ -129,12 +138,14 @@ class DINO(LightningModule):
                 f"remove it"
             )
         check_temperature("student", student_temperature)
+        check_weights(weights, weights_part, weights_drop)
         warmup = (warmup_teacher_temperature, warmup_teacher_epochs)
         self.temperatures = teacher_temperatures(teacher_temperature, *warmup)
         self.optimization, self.num_prototypes = optimizer, num_prototypes
         self.student_temperature, self.freeze_last_layer = student_temperature, freeze_last_layer
         self.teacher_momentum, self.koleo = teacher_momentum, koleo
         self.stop_on_collapse = stop_on_collapse
+        self.weights, self.weights_part, self.weights_drop = weights, weights_part, weights_drop
         self.masked_patches = masked_patches
 
         def head(k: int) -> Head:
@@ -150,7 +161,8 @@ class DINO(LightningModule):
             of_patches = None if own is None else head(own)
             self.patch_loss = PatchLoss(center(own or num_prototypes))
         self.student = Network(backbone, of_views, masked_patches is not None, of_patches)
-        self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        teaching(self.teacher)
         self.center = center(num_prototypes)
 
     def setup(self, stage: str) -> None:
@@ -159,9 +171,16 @@ class DINO(LightningModule):
         if isinstance(data, SourceDataModule):
             data.fit_to(Needs.of(self.student.backbone))
 
+    def on_fit_start(self) -> None:
+        if self.weights is not None and self.trainer.ckpt_path is None:  # a run that starts
+            given = (self.weights, self.weights_part, self.weights_drop)
+            rank_zero_info(str(load_backbone(self.student.backbone, *given)))
+            self.teacher.load_state_dict(self.student.state_dict())
+
     def train(self, mode: bool = True) -> "DINO":
         super().train(mode)
-        self.teacher.eval()
+        if mode:
+            teaching(self.teacher)
         return self
 
     def networks(self) -> dict[str, Network]:
@@ -264,14 +283,11 @@ class DINO(LightningModule):
         self.lr = optim.learning_rate(self.optimization, self.trainer)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        step, (optimizer,) = self.trainer.global_step, self.trainer.optimizers
-        lr = self.lr.at(step)
-        optim.set_lr(optimizer, lr)
-        decay = optim.set_weight_decay(optimizer, self.optimization, step, self.lr.total)
+        lr, decay = optim.follow(self.optimization, self.lr, self.trainer)
         for name, value in (
             ("lr", lr),
             ("weight_decay", decay),
-            ("teacher_momentum", self.momentum_at(step)),
+            ("teacher_momentum", self.momentum_at(self.trainer.global_step)),
             ("teacher_temperature", self.teacher_temperature()),
         ):
             self.log(f"schedule/{name}", value, batch_size=1)
@@ -282,14 +298,7 @@ class DINO(LightningModule):
         if self.patch_loss is not None and self.patch_loss.center is not None:
             self.patch_loss.center.update(self.teacher.heads()[1].prototypes, self.reduce)
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        if gradient_clip_val is not None:
-            raise ValueError("set optimizer.clip_norm of the model, not trainer.gradient_clip_val")
+    def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
         optim.clip(self.optimization, self.student.parameters())
         if self.epoch() < self.freeze_last_layer:
             # It took part in backward, as DDP asks; the optimizer passes over it altogether.
@@ -301,7 +310,7 @@ class DINO(LightningModule):
         return warmup_cosine(step, self.lr.total, 0, self.teacher_momentum, end=1.0)
 
     def averages(self, step: int) -> Sequence[Average]:
-        return (Average(self.teacher, self.student, self.momentum_at(step - 1)),)
+        return (Average(self.teacher, self.student, self.momentum_at(step - 1), "keep"),)
 
     def diagnosed_from(self) -> int:
         """The optimizer step from which a network that learns is past its start."""

@@ -9,8 +9,8 @@ Sinkhorn-Knopp and KoLeo as in "DINOv2" (Oquab et al. 2023, section 4).
 
 Written as it is computed: one logsumexp a student view, and since s_v = W z_v / temperature is
 linear in the bottleneck z_v, q_i . sum_{v != i} s_v needs the sum of few bottlenecks only. Logits,
-[views, images, k] with k of 65,536, exist for a few images at a time and are computed again for
-the gradient.
+[views, images, k] with k of 65,536, exist for a few images at a time; all but the last ones are
+computed again for the gradient.
 """
 
 import math
@@ -62,14 +62,17 @@ def view_loss(
     """
     views, b, _ = student.shape
     size = at_once or images_at_once(views, weight.shape[0])
+    *first, last = chunks(b, size)
     losses = [
         checkpoint(
             *(loss_of, student[:, rows], weight, targets, rows, temperature),
             use_reentrant=False,
             preserve_rng_state=False,
         )
-        for rows in chunks(b, size)
+        for rows in first
     ]
+    # The last logits are the first that backward needs: they may as well stay.
+    losses.append(loss_of(student[:, last], weight, targets, last, temperature))
     return torch.cat(losses)
 
 

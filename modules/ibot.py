@@ -19,7 +19,6 @@ as the highest ratio hides, so no shape depends on what was drawn; room that is 
 something that weighs nothing.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -28,7 +27,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from datamodules.augment import BLOCKS, HIDE, uniforms, view_keys
+from datamodules.augment import HIDE, uniforms, view_keys
 from datamodules.views import NUM_GLOBAL
 from modules.dino_loss import (
     Center,
@@ -40,13 +39,10 @@ from modules.dino_loss import (
     same_loss,
     vectors_at_once,
 )
+from modules.masking import Tokens, blocks
 
 # Bottlenecks of the hidden patches, [b, room, e], and the prototypes that they are compared with.
 Vectors = tuple[Float[Tensor, "b room e"], Float[Tensor, "k e"]]
-
-MIN_BLOCK = 4  # patches that a block has room for at least, as in BEiT
-MIN_ASPECT = 0.3
-ROUNDS = 20  # attempts at a block for each crop
 
 
 @dataclass(frozen=True)
@@ -132,40 +128,12 @@ def hide(how: MaskedPatches, keys: Int[Tensor, " b"], grid: tuple[int, int]) -> 
     counts = torch.where(draws[:, 1] < how.probability, counts, 0)
     rank = draws[:, 2:]
     if how.shape == "block":
-        rank = rank + blocks(views, grid, counts)
+        rank = rank + blocks(views, Tokens.of_grid(len(views), grid, 0, keys.device), counts)
     places = rank.argsort(dim=1, descending=True, stable=True)[:, :room]
     is_used = torch.arange(room, device=keys.device) < counts[:, None]
     return Hidden(
         torch.zeros_like(rank, dtype=torch.bool).scatter(1, places, is_used), *(places, is_used)
     )
-
-
-def blocks(
-    keys: Int[Tensor, " b"], grid: tuple[int, int], counts: Int[Tensor, " b"]
-) -> Bool[Tensor, "b n"]:
-    """Rectangles that together hold `counts` patches at most (BEiT, Bao et al. 2021, appendix).
-
-    Each is of a uniform area up to what is left and of a log-uniform aspect; one that is too large
-    for the grid, adds nothing or adds too much is passed over.
-    """
-    rows, columns = grid
-    draws = uniforms(keys, BLOCKS, 4 * ROUNDS).view(-1, ROUNDS, 4, 1, 1)
-    y = torch.arange(rows, device=keys.device)[:, None]
-    x = torch.arange(columns, device=keys.device)
-    held = torch.zeros(len(keys), rows, columns, dtype=torch.bool, device=keys.device)
-    left = counts[:, None, None]
-    for area, aspect, top, start in (each.unbind(1) for each in draws.unbind(1)):
-        area = MIN_BLOCK + area * (left - MIN_BLOCK)
-        aspect = torch.exp((2.0 * aspect - 1.0) * -math.log(MIN_ASPECT))
-        height, width = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
-        top, start = (top * (rows - height + 1)).floor(), (start * (columns - width + 1)).floor()
-        block = (y >= top) & (y < top + height) & (x >= start) & (x < start + width)
-        new = block & ~held
-        added = new.sum(dim=(1, 2), keepdim=True)
-        fits = (height < rows) & (width < columns) & (added <= left)
-        held = held | (new & fits)
-        left = left - torch.where(fits, added, 0)
-    return held.flatten(1)
 
 
 class PatchLoss(nn.Module):

@@ -13,9 +13,10 @@ https://arxiv.org/abs/2104.02057, algorithm 1, and its published code.
         teacher <- m teacher + (1 - m) student         m from 0.99 to 1
 
 The projection of patches stays as it was drawn, which keeps the training stable (section 4.2).
-Batch norms normalise each view by itself, in the teacher too; `trainer.sync_batchnorm` lets them
-see all devices, as published. Keys are those of a micro-batch of all devices, so accumulating
-gradients makes fewer negatives. Unlike in the published code, biases and norms do not decay.
+Batch norms normalise each view by itself (those of a backbone both views together), in the teacher
+too; `trainer.sync_batchnorm` lets them see all devices, as published. Keys are those of a
+micro-batch of all devices, so accumulating gradients makes fewer negatives. Unlike in the published
+code, biases and norms do not decay.
 """
 
 import copy
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 
@@ -35,11 +37,12 @@ from datamodules.batch import ImageBatch, Images, MultiCropBatch, PackedBatch
 from datamodules.module import Needs, SourceDataModule
 from modules import optim
 from modules.backbones import Backbone
-from modules.checks import check_at_least, check_precision
+from modules.checks import check_at_least, check_precision, check_weights
 from modules.drawing import pictures_of
-from modules.networks import embed
+from modules.networks import embed, teaching
 from modules.optim import Optimization
 from modules.schedules import warmup_cosine
+from modules.weights import load_backbone
 
 OPTIMIZATION = Optimization(
     base_lr=1.5e-4, reference_batch=256, weight_decay=0.1, warmup_epochs=40, min_lr=0.0
@@ -86,6 +89,24 @@ class Network(nn.Module):
         return self.num_layers + 1 if inner == name else self.backbone.layer_of(inner)
 
 
+def freeze_projection(backbone: Backbone) -> None:
+    """Keep the projection of patches from learning.
+
+    Raises:
+        ValueError: a backbone that has none.
+    """
+    named = {name.removeprefix("model."): p for name, p in backbone.named_parameters()}
+    found = [p for name, p in named.items() if name.startswith("patch_embed.")]
+    if not found:
+        raise ValueError(
+            f"freeze_patches keeps the projection of patches (patch_embed) as it was drawn, and "
+            f"{type(backbone).__name__} {getattr(backbone, 'name', '')} has none; set "
+            f"freeze_patches to false"
+        )
+    for parameter in found:
+        parameter.requires_grad = False
+
+
 def contrast(
     queries: Float[Tensor, "2 b e"],
     keys: Float[Tensor, "2 all e"],
@@ -116,10 +137,16 @@ class MoCo(LightningModule):
         projection_dim: width of what is compared.
         temperature: tau.
         teacher_momentum: m at the first step; it goes to 1 by half a cosine.
-        freeze_patches: keeps the projection of patches as it was drawn.
+        freeze_patches: keeps the projection of patches as it was drawn, or as `weights` have it;
+            false for networks without one, such as ResNets.
+        weights: checkpoint whose backbone to begin with, ours or others' (`modules.weights`), in
+            student and teacher; null for first values. Projector and predictor begin anew.
+        weights_part: which network of the file, where it holds several (averaged, teacher).
+        weights_drop: names of the file that may be left over, beyond heads and decoders.
 
     Raises:
-        ValueError: values out of range, or data that is not of two views.
+        ValueError: values out of range, a projection to freeze that is not there, or data that is
+            not of two views.
     """
 
     def __init__(
@@ -131,6 +158,9 @@ class MoCo(LightningModule):
         temperature: float = 0.2,
         teacher_momentum: float = 0.99,
         freeze_patches: bool = True,
+        weights: str | None = None,
+        weights_part: str | None = None,
+        weights_drop: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)  # the run's config.yaml has them
@@ -139,17 +169,18 @@ class MoCo(LightningModule):
             raise ValueError(f"temperature is {temperature}; expected more than 0")
         if not 0.0 <= teacher_momentum <= 1.0:
             raise ValueError(f"teacher_momentum is {teacher_momentum}; expected within [0, 1]")
+        check_weights(weights, weights_part, weights_drop)
+        self.weights, self.weights_part, self.weights_drop = weights, weights_part, weights_drop
         self.optimization, self.temperature = optimizer, temperature
         self.teacher_momentum = teacher_momentum
-        for name, parameter in backbone.named_parameters():
-            if freeze_patches and name.startswith("patch_embed."):
-                parameter.requires_grad = False
+        if freeze_patches:
+            freeze_projection(backbone)
         projector = mlp((backbone.embed_dim, hidden_dim, hidden_dim, projection_dim))
         predictor = mlp((projection_dim, hidden_dim, projection_dim))
         self.student = Network(backbone, projector, predictor)
         teacher = Network(copy.deepcopy(backbone), copy.deepcopy(projector), None)
         self.teacher = teacher.requires_grad_(False)
-        self.teacher.backbone.eval()
+        teaching(self.teacher)
 
     def setup(self, stage: str) -> None:
         check_precision(self.trainer)  # an average in half precision would not move
@@ -157,9 +188,16 @@ class MoCo(LightningModule):
         if isinstance(data, SourceDataModule):
             data.fit_to(Needs.of(self.student.backbone))
 
+    def on_fit_start(self) -> None:
+        if self.weights is not None and self.trainer.ckpt_path is None:  # a run that starts
+            given = (self.weights, self.weights_part, self.weights_drop)
+            rank_zero_info(str(load_backbone(self.student.backbone, *given)))
+            self.teacher.backbone.load_state_dict(self.student.backbone.state_dict())
+
     def train(self, mode: bool = True) -> "MoCo":
         super().train(mode)
-        self.teacher.backbone.eval()  # the projector's batch norms go by the batch, as published
+        if mode:
+            teaching(self.teacher)
         return self
 
     def networks(self) -> dict[str, Network]:
@@ -209,21 +247,12 @@ class MoCo(LightningModule):
         self.lr = optim.learning_rate(self.optimization, self.trainer)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        step, (optimizer,) = self.trainer.global_step, self.trainer.optimizers
-        lr = self.lr.at(step)
-        optim.set_lr(optimizer, lr)
-        optim.set_weight_decay(optimizer, self.optimization, step, self.lr.total)
+        lr, _ = optim.follow(self.optimization, self.lr, self.trainer)
+        momentum = self.momentum_at(self.trainer.global_step)
         self.log("schedule/lr", lr, batch_size=1)
-        self.log("schedule/teacher_momentum", self.momentum_at(step), batch_size=1)
+        self.log("schedule/teacher_momentum", momentum, batch_size=1)
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        if gradient_clip_val is not None:
-            raise ValueError("set optimizer.clip_norm of the model, not trainer.gradient_clip_val")
+    def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
         optim.clip(self.optimization, self.student.parameters())
 
     def momentum_at(self, step: int) -> float:
@@ -234,8 +263,8 @@ class MoCo(LightningModule):
         # Published: at the start of the next step, with that one's momentum.
         momentum = self.momentum_at(step)
         return (
-            Average(self.teacher.backbone, self.student.backbone, momentum),
-            Average(self.teacher.projector, self.student.projector, momentum),
+            Average(self.teacher.backbone, self.student.backbone, momentum, "keep"),
+            Average(self.teacher.projector, self.student.projector, momentum, "keep"),
         )
 
     def configure_callbacks(self) -> list[Callback]:

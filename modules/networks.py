@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from datamodules.batch import Images
 from modules.backbones import Backbone
@@ -31,3 +32,15 @@ def embed(
         raise ValueError(f"there is no network {name!r}; there is {', '.join(networks)}")
     pooled: Tensor = networks[name].backbone(images).pooled
     return pooled
+
+
+def teaching(teacher: nn.Module) -> None:
+    """Eval mode while the student trains, but for batch norms, which go by their batch.
+
+    As published for DINO and MoCo v3. The student's running statistics are those of other weights,
+    and a teacher that borrowed them would give other features than its own.
+    """
+    teacher.eval()
+    for part in teacher.modules():
+        if isinstance(part, _BatchNorm):
+            part.train()

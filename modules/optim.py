@@ -1,8 +1,8 @@
 """Optimisers: parameter groups, layer decay, the rule that scales the learning rate, clipping.
 
 `Optimization` describes how a method is optimised; `build` makes the torch optimiser,
-`learning_rate` its schedule, `set_lr` and `set_weight_decay` apply schedules, `clip` clips
-gradients. The only state of a schedule is the trainer's step counter.
+`learning_rate` its schedule, `follow` applies schedules at a step, `clip` clips gradients. The
+only state of a schedule is the trainer's step counter.
 """
 
 import math
@@ -291,8 +291,10 @@ def learning_rate(how: Optimization, trainer: Trainer) -> LearningRate:
     The peak is linear in the global batch (Goyal et al. 2017, section 2.1) or in its root.
 
     Raises:
-        ValueError: a run without an end.
+        ValueError: a run without an end, or one whose trainer clips gradients in our place.
     """
+    if trainer.gradient_clip_val is not None:
+        raise ValueError("set optimizer.clip_norm of the model, not trainer.gradient_clip_val")
     if trainer.estimated_stepping_batches == float("inf"):
         raise ValueError(
             f"the run has no end, so its {how.schedule} schedule has none; set "
@@ -334,13 +336,24 @@ def set_weight_decay(
     return value
 
 
+def follow(how: Optimization, rate: LearningRate, trainer: Trainer) -> tuple[float, float]:
+    """Give the trainer's optimizer the rate and the weight decay of its step, and return them."""
+    step, (optimizer,) = trainer.global_step, trainer.optimizers
+    lr = rate.at(step)
+    set_lr(optimizer, lr)
+    return lr, set_weight_decay(optimizer, how, step, rate.total)
+
+
 def clip(how: Optimization, parameters: Iterable[Tensor]) -> None:
     """Scale gradients down to `clip_norm`, over all of them or each tensor on its own."""
     if how.clip_norm is None:
         return
-    with_grad = [parameter for parameter in parameters if parameter.grad is not None]
     if not how.clip_per_parameter:
-        torch.nn.utils.clip_grad_norm_(with_grad, how.clip_norm)
+        torch.nn.utils.clip_grad_norm_(parameters, how.clip_norm)
         return
-    for parameter in with_grad:
-        torch.nn.utils.clip_grad_norm_([parameter], how.clip_norm)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return
+    factors = how.clip_norm / (torch.stack(torch._foreach_norm(gradients)) + 1e-6)
+    for gradient, factor in zip(gradients, factors.clamp(max=1.0), strict=True):
+        gradient.mul_(factor)

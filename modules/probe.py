@@ -38,7 +38,7 @@ from modules import optim
 from modules.backbones import Backbone
 from modules.backbones.attention import Segments
 from modules.backbones.pooling import mean_patch
-from modules.checks import check_classes, check_precision
+from modules.checks import check_classes, check_precision, check_weights
 from modules.losses import soft_cross_entropy, soft_targets
 from modules.networks import embed
 from modules.optim import Optimization
@@ -64,7 +64,7 @@ class Heads(nn.Module):
         super().__init__()
         self.backbone = backbone.requires_grad_(False).eval()
         self.num_blocks, self.mean_patches = num_blocks, mean_patches
-        dim = backbone.embed_dim * (num_blocks + mean_patches)
+        dim = backbone.embed_dim * num_blocks + backbone.patch_dim * mean_patches
         self.head_norm = Standardize(dim) if batch_norm else None
         weight = torch.empty(num_classes, dim).normal_(std=0.01)
         self.heads = nn.ModuleList(nn.Linear(dim, num_classes) for _ in range(num_heads))
@@ -155,8 +155,7 @@ class LinearProbe(LightningModule):
         self.rates = [f"{factor * optimizer.base_lr:g}" for factor in sweep]
         if not sweep or min(sweep) <= 0 or len(set(self.rates)) < len(self.rates):
             raise ValueError(f"sweep is {list(sweep)}; expected different factors above 0")
-        if weights is None and (weights_part is not None or weights_drop):
-            raise ValueError("weights_part and weights_drop are about weights, which is not set")
+        check_weights(weights, weights_part, weights_drop)
         if optimizer.layer_decay is not None:
             raise ValueError(
                 f"optimizer.layer_decay is {optimizer.layer_decay}, but a probe trains no layers "
@@ -247,17 +246,9 @@ class LinearProbe(LightningModule):
         self.lr = optim.learning_rate(self.optimization, self.trainer)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        lr = self.lr.at(self.trainer.global_step)
-        optim.set_lr(self.trainer.optimizers[0], lr)
+        lr, _ = optim.follow(self.optimization, self.lr, self.trainer)
         self.log("schedule/lr", lr, batch_size=1)
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        if gradient_clip_val is not None:
-            raise ValueError("set optimizer.clip_norm of the model, not trainer.gradient_clip_val")
+    def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
         for head in self.probe.heads:  # one norm over all would let a head slow the others down
             optim.clip(self.optimization, head.parameters())

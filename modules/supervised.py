@@ -34,7 +34,7 @@ from datamodules.module import Needs, SourceDataModule
 from datamodules.packed import PackedDataModule
 from modules import optim
 from modules.backbones import Backbone, Features
-from modules.checks import check_classes, check_precision
+from modules.checks import check_classes, check_precision, check_weights
 from modules.distillation import Distillation, Teacher, distill
 from modules.drawing import pictures_of
 from modules.losses import LOSSES, loss_per_image, soft_targets
@@ -178,8 +178,7 @@ class Supervised(LightningModule):
                 "distillation needs a token that learns from the teacher; set the backbone's "
                 "distillation_token to true"
             )
-        if weights is None and (weights_part is not None or weights_drop):
-            raise ValueError("weights_part and weights_drop are about weights, which is not set")
+        check_weights(weights, weights_part, weights_drop)
         self.weights, self.weights_part, self.weights_drop = weights, weights_part, weights_drop
         self.weights_scope = weights_scope
         self.distillation = distillation
@@ -295,21 +294,10 @@ class Supervised(LightningModule):
         self.lr = optim.learning_rate(self.optimization, self.trainer)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        lr = self.lr.at(self.trainer.global_step)
-        optim.set_lr(self.trainer.optimizers[0], lr)
-        optim.set_weight_decay(
-            self.trainer.optimizers[0], self.optimization, self.trainer.global_step, self.lr.total
-        )
+        lr, _ = optim.follow(self.optimization, self.lr, self.trainer)
         self.log("schedule/lr", lr, batch_size=1)
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        if gradient_clip_val is not None:
-            raise ValueError("set optimizer.clip_norm of the model, not trainer.gradient_clip_val")
+    def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
         optim.clip(self.optimization, self.classifier.parameters())
 
     def averages(self, step: int) -> Sequence[Average]:

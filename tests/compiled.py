@@ -1,4 +1,4 @@
-"""Trains compiled backbones on packs or groups and says how often each was compiled."""
+"""Compiles backbones on packs and groups, and a step of DINO, and says how often each was."""
 
 from typing import Any
 
@@ -7,7 +7,11 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from datamodules.batch import PackedImages
+from datamodules.sampling import fold
 from modules.backbones import NaViT, Positions, ViT
+from modules.dino_loss import same_loss
+from modules.ibot import MaskedPatches, hide
+from tests import views
 from tests.packs import images, pack
 
 EVERY = Positions("learned2d", "every")
@@ -65,7 +69,32 @@ def compilations_of_groups() -> int:
     return counter.frame_count - 1  # evaluation is another graph
 
 
+def compilations_of_masks() -> int:
+    """The student that sees masks, what the teacher says of them, and their loss."""
+    torch._dynamo.reset()
+    how = MaskedPatches()
+    module = views.method(masked_patches=how)
+    crops = (torch.randn(2, 3, 1, 16, 16), torch.randn(2, 3, 1, 8, 8))
+
+    def step(keys: torch.Tensor) -> torch.Tensor:
+        hidden = hide(how, keys, (4, 4))
+        with torch.no_grad():
+            taught = module.teacher.read(module.teacher(crops[:1]).patches, hidden)
+        seen, weight = module.student.read(module.student(crops, hidden.is_masked).patches, hidden)
+        z, prototypes = taught
+        targets = module.patch_loss.center.targets(z.flatten(0, 1)[None], prototypes, 0.04)
+        return hidden.mean(same_loss(seen.flatten(0, 1), weight, targets, 0.1)).mean()
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for first in range(4):
+        compiled(torch.tensor([fold(0, first, i) for i in range(3)])).backward()
+    return counter.frame_count
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for each in NETWORKS:
         print(each, compilations(each))
+    print("groups", compilations_of_groups())
+    print("masks", compilations_of_masks())

@@ -50,12 +50,15 @@ class Warm:
             start_new_session=True,
         )
 
-    def run(self, arguments: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, arguments: Sequence[str], cwd: Path, doom: tuple[int, int] | None
+    ) -> subprocess.CompletedProcess[str]:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         with tempfile.TemporaryDirectory() as directory:
             said = {name: str(Path(directory) / name) for name in ("stdout", "stderr")}
             request = {"arguments": arguments, "cwd": str(cwd), "environment": environment()}
+            request["doom"] = doom
             print(json.dumps(request | said), file=self.process.stdin, flush=True)
             if not select.select([self.process.stdout], [], [], TIMEOUT)[0]:
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -79,16 +82,7 @@ def patchlight(
     *arguments: str, cwd: Path, kill_at: int | None = None, with_signal: int = signal.SIGKILL
 ) -> subprocess.CompletedProcess[str]:
     """Run the command in its own process; with `kill_at`, it gets a signal in that step."""
-    if kill_at is None:
-        return warm().run(arguments, cwd)
-    return subprocess.run(
-        [sys.executable, "-m", "tests.killed", *arguments],
-        cwd=cwd,
-        env=environment() | {"KILL_AT": str(kill_at), "KILL_WITH": str(int(with_signal))},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-    )
+    return warm().run(arguments, cwd, None if kill_at is None else (kill_at, int(with_signal)))
 
 
 def only_run(directory: Path) -> Path:

@@ -48,7 +48,7 @@ def test_nothing_is_left_out_here() -> None:
     tested = ("pip", "mkdir -p data/Fashion", "patchlight check-data", "patchlight validate")
     tested += ("patchlight inspect", "patchlight export", "patchlight sweep")
     tested += ("patchlight resolutions", "patchlight knn", "patchlight fewshot", "patchlight look")
-    tested += ("patchlight compare",)
+    tested += ("patchlight compare", "patchlight jaccard")
     for line in COMMANDS:
         assert line.startswith((*tested, "patchlight fit --resume", "patchlight fit --config"))
 
@@ -104,6 +104,24 @@ def test_judging_looking_inside_and_comparing(tmp_path: Path) -> None:
     assert f"{100 * knn:.2f}" in row
     assert row.count("—") <= 2, row  # fine-tune, and images/s of so short a run
     assert "<svg" in (tmp_path / "runs" / "compare.html").read_text()
+
+
+@pytest.mark.slow
+def test_without_labels(tmp_path: Path) -> None:
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    tree(tmp_path / "my_images")
+    few = "--data.init_args.source_args={num_train: 8, num_val: 6}"
+    small = ["--data.init_args.num_workers=0", "--data.init_args.batch_size=4", *QUICK, *SHORT]
+    fit = command("patchlight fit --config experiments/quickstart/mae")
+    done = patchlight(*fit, *small, few, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    own = command("patchlight fit --config experiments/mae/small_vit_ti8")
+    toy = "--model.init_args.backbone.init_args.variant=mu"
+    done = patchlight(*own, *small, toy, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = patchlight(*command("patchlight jaccard"), few, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "best head of each image" in done.stdout
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 from experiments import cli
+from tests.killed import doom
 
 
 def become(request: dict[str, Any]) -> None:
@@ -22,6 +23,8 @@ def become(request: dict[str, Any]) -> None:
         os.dup2(file, descriptor)
     sys.argv = [str(cli.__file__), *request["arguments"]]
     sys.modules["__main__"] = cli  # what Lightning starts further processes of
+    if request["doom"] is not None:
+        doom(*request["doom"])
 
 
 def serve() -> int | None:

@@ -6,33 +6,43 @@ Dimension letters, used in every shape of the code base:
     g / l global / local crops
 
 A backbone keeps timm's state-dict keys, so published checkpoints load strictly
-after a declared renaming (`modules.weights`).
+after a declared renaming (`modules.weights`). `Timm` is any network of timm's, and
+alone imports timm.
 """
 
 import difflib
 import inspect
 from typing import Any
 
+from modules.backbones.any_timm import Timm
 from modules.backbones.attention import Packed
 from modules.backbones.factorised import FactorisedPositions
 from modules.backbones.layers import Backbone, BlockStyle, Features
 from modules.backbones.lvvit import LVViT
-from modules.backbones.masked import Masked, Swapped
+from modules.backbones.masked import Masked, Swapped, Visible
 from modules.backbones.navit import NaViT
 from modules.backbones.positions import Positions
 from modules.backbones.vit import ViT
 
-FAMILIES: dict[str, type[Backbone]] = {"vit": ViT, "navit": NaViT, "lvvit": LVViT}
+FAMILIES: dict[str, type[Backbone]] = {
+    "vit": ViT,
+    "navit": NaViT,
+    "lvvit": LVViT,
+    "timm": Timm,
+}
 
 
-def create(name: str, **overrides: Any) -> Backbone:
+def create(name: str, /, **overrides: Any) -> Backbone:
     """Build a backbone from its family name and the arguments of its constructor.
 
-    `create("vit", variant="Ti", patch_size=16)` equals `ViT(variant="Ti", patch_size=16)`.
+    `create("vit", variant="Ti", patch_size=16)` equals `ViT(variant="Ti", patch_size=16)`, and
+    `create("timm:resnet50")` equals `Timm("resnet50")`.
 
     Raises:
         ValueError: unknown family, or an argument that the family does not take.
     """
+    if name.startswith("timm:"):
+        name, overrides = "timm", {"name": name.removeprefix("timm:"), **overrides}
     if name not in FAMILIES:
         raise ValueError(f"unknown backbone {name!r}; known: {', '.join(sorted(FAMILIES))}")
     known = list(inspect.signature(FAMILIES[name]).parameters)
@@ -56,6 +66,8 @@ __all__ = [
     "Packed",
     "Positions",
     "Swapped",
+    "Timm",
     "ViT",
+    "Visible",
     "create",
 ]

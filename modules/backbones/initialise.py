@@ -20,6 +20,12 @@ def timm(network: nn.Module) -> None:
         nn.init.trunc_normal_(pool.latent, std=pool.latent.shape[-1] ** -0.5)
 
 
+def dino(network: nn.Module) -> None:
+    """DINO's: timm's, but the class token is as large as the rest (and so are registers)."""
+    timm(network)
+    tokens(network, position=0.02, token=0.02)
+
+
 def jax(network: nn.Module) -> None:
     """Google's: Xavier-uniform, q, k and v each on its own; LeCun-normal patches; zero token."""
 
@@ -92,4 +98,10 @@ def tokens(network: nn.Module, position: float, token: float) -> None:
             nn.init.normal_(parameter, std=0.02)  # DeiT's, in every code base
 
 
-RULES: dict[str, Callable[[nn.Module], None]] = {"timm": timm, "jax": jax, "mae": mae, "moco": moco}
+RULES: dict[str, Callable[[nn.Module], None]] = {
+    "timm": timm,
+    "dino": dino,
+    "jax": jax,
+    "mae": mae,
+    "moco": moco,
+}

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from modules.backbones.attention import Groups, Packed, Segments, attend
-from modules.backbones.masked import Altered, Group
+from modules.backbones.masked import Altered, Group, Visible
 
 
 class Features(NamedTuple):
@@ -25,9 +25,11 @@ class Features(NamedTuple):
     pooled:  [b, d] one vector an image, ready for a linear head; of a pack [m, d], zeros in slots
              without an image
     cls:     [b, d] the class token after the final norm, or None where there is none
-    patches: [b, n, d] one vector a patch, row by row; of a pack [rows, n, d], every token of it in
-             its place
-    grid:    rows and columns of the patches, n = rows * columns; None for a pack
+    patches: [b, n, d] one vector a patch, row by row, as wide as the backbone's `patch_dim`; of a
+             pack [rows, n, d] and of visible patches [b, n, d], every token in its place, prefix
+             tokens too
+    grid:    rows and columns of the patches, n = rows * columns; None for a pack and where not all
+             patches are there
     dist:    [b, d] the distillation token after the final norm, or None
     """
 
@@ -49,6 +51,7 @@ class Backbone(nn.Module):
     takes_packs:        takes packs of images of any size
     takes_masks:        takes `masked.Masked` and `masked.Swapped` wherever it takes images of
                         one size
+    takes_visible:      takes `masked.Visible` in the place of images, and packs that lack patches
     max_grid:           largest number of patches along a side of an image in a pack; None for no
                         limit. What makes packs asks for it and refuses larger images: on an
                         accelerator a network that waits for no tensor's value cannot
@@ -63,18 +66,26 @@ class Backbone(nn.Module):
     max_grid: int | None
     takes_packs: bool = True
     takes_masks: bool = False
+    takes_visible: bool = False
     in_channels: int
 
+    @property
+    def patch_dim(self) -> int:
+        """Width of `Features.patches`."""
+        return self.embed_dim
+
     @overload
-    def forward(self, images: Float[Tensor, "b c height width"] | Altered | Packed) -> Features: ...
+    def forward(
+        self, images: Float[Tensor, "b c height width"] | Altered | Visible | Packed
+    ) -> Features: ...
     @overload
     def forward(self, images: list[Group]) -> list[Features]: ...
-    def forward(self, images: Group | Packed | list[Group]) -> Features | list[Features]:
+    def forward(self, images: Group | Visible | Packed | list[Group]) -> Features | list[Features]:
         """Of images of one size, of a pack, or of a list of groups: of each what it gives alone."""
         raise NotImplementedError
 
     def last_blocks(
-        self, images: Float[Tensor, "b c height width"] | Altered | Packed, count: int
+        self, images: Float[Tensor, "b c height width"] | Altered | Visible | Packed, count: int
     ) -> list[Features]:
         """What the last `count` blocks give, the last one last, each read out as `forward` does."""
         raise NotImplementedError
@@ -94,8 +105,7 @@ class Backbone(nn.Module):
         """The layer of a parameter: 0 the stem, i + 1 block i, num_layers + 1 what follows."""
         if block := re.match(r"(?:blocks|positions|relative)\.(\d+)\.", name):
             return int(block[1]) + 1
-        after = ("norm.", "fc_norm.", "attn_pool.", "pre_logits.")
-        return self.num_layers + 1 if name.startswith(after) else 0
+        return self.num_layers + 1 if name.startswith(("norm.", *POOLING)) else 0
 
 
 @dataclass(frozen=True)
@@ -145,6 +155,11 @@ class BlockStyle:
     def attention_scale(self) -> float | None:
         """Factor of the scores before softmax; None for e^-0.5."""
         return 1.0 if self.qk_norm == "rms_unscaled" else None
+
+
+# What reads one vector out of an image's tokens, by the beginning of its names; `Features.patches`
+# does without.
+POOLING = ("fc_norm.", "attn_pool.", "pre_logits.")
 
 
 def layer_norm(dim: int, style: BlockStyle) -> nn.LayerNorm:

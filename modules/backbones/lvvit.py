@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from modules.backbones.attention import Packed
 from modules.backbones.layers import BlockStyle, Features
-from modules.backbones.masked import Altered, Masked, check_mask
+from modules.backbones.masked import Altered, Masked, Visible, check_mask
 from modules.backbones.positions import Positions
 from modules.backbones.resampling import Grid
 from modules.backbones.vit import ViT
@@ -149,16 +149,17 @@ class LVViT(ViT):
         self.patch_embed = ConvPatchEmbed(patch_size, in_channels, stem_dim, dim)  # type: ignore[assignment]
         assert self.cls_token is not None
         nn.init.normal_(self.cls_token, std=0.02)
-        self.takes_packs = False
+        self.takes_packs = self.takes_visible = False
 
     def last_blocks(
-        self, images: Float[Tensor, "b c height width"] | Altered | Packed, count: int
+        self, images: Float[Tensor, "b c height width"] | Altered | Visible | Packed, count: int
     ) -> list[Features]:
         if isinstance(images, (Tensor, Altered)):
             return super().last_blocks(images, count)
+        what = "some of the patches" if isinstance(images, Visible) else "a pack"
         raise ValueError(
-            "a pack reached an LV-ViT, whose first convolutions look beyond the edge of a patch; "
-            "train it on ImageDataModule or TokenLabelDataModule"
+            f"{what} reached an LV-ViT, whose first convolutions look beyond the edge of a patch; "
+            f"train it on ImageDataModule or TokenLabelDataModule"
         )
 
     def embed(

@@ -1,16 +1,22 @@
 """Images some of whose patches the network does not see, or sees those of another image for.
 
-Masked: a learned token stands in for them. "iBOT: Image BERT Pre-Training with Online Tokenizer"
-(Zhou et al. 2021, section 3.1), after BEiT (Bao et al. 2021).
-Swapped: the patches of a partner do. "All Tokens Matter: Token Labeling for Training Better Vision
-Transformers" (Jiang et al. 2021, section 3.2, MixToken).
+`Masked`: a learned token stands in for them,
+"iBOT: Image BERT Pre-Training with Online Tokenizer" (Zhou et al. 2021, section 3.1), after BEiT
+(Bao et al. 2021).
 
-Both take the place of the projected patch, before positions are added.
+`Swapped`: the patches of a partner do, "All Tokens Matter: Token Labeling for Training Better
+Vision Transformers" (Jiang et al. 2021, section 3.2, MixToken). Both take the place of the
+projected patch, before positions are added, so that the network still knows where it is.
+
+`Visible`: they are not there at all, "Masked Autoencoders Are Scalable Vision Learners" (He et al.
+2021, section 3). The others keep their positions, and what is not there costs nothing.
 """
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -60,6 +66,42 @@ class Swapped(NamedTuple):
         return torch.where(self.is_swapped[..., None], patches[self.partner], patches)
 
 
+class Part(NamedTuple):
+    """Where some patches of images are, each image with a choice of its own.
+
+    grid:   rows and columns of patches of the whole images
+    places: [b, kept] which patches, counted row by row
+    """
+
+    grid: tuple[int, int]
+    places: Int[Tensor, "b kept"]
+
+    def rows(self, table: Float[Tensor, "1 n d"], num_prefix: int) -> Float[Tensor, "b kept_n d"]:
+        """The rows that a table for all tokens has for prefix tokens and for these patches."""
+        prefix = table[:, :num_prefix].expand(len(self.places), -1, -1)
+        return torch.cat((prefix, F.embedding(self.places, table[0, num_prefix:])), dim=1)
+
+
+class Visible(NamedTuple):
+    """Images of one size of which some patches are there and no others.
+
+    A backbone with `takes_visible` takes them for images.
+
+    images: [b, c, height, width]
+    places: [b, kept] the patches that are there, counted row by row; each once
+    """
+
+    images: Float[Tensor, "b c height width"]
+    places: Int[Tensor, "b kept"]
+
+    def patches(self, patch_size: int) -> Float[Tensor, "b kept e"]:
+        """Their pixels in the order (channel, row, column); those of others are not touched."""
+        cut = rearrange(self.images, "b c (y p) (x q) -> b y x c p q", p=patch_size, q=patch_size)
+        image = torch.arange(len(cut), device=cut.device)[:, None]
+        columns = cut.shape[2]
+        return cut[image, self.places // columns, self.places % columns].flatten(2)
+
+
 Altered = Masked | Swapped
 Group = Tensor | Masked | Swapped  # images of one size
 
@@ -72,5 +114,5 @@ def check_mask(mask: Bool[Tensor, "_ _"], num_images: int, num_patches: int) -> 
         )
 
 
-def pixels(images: Group) -> Float[Tensor, "b c height width"]:
+def pixels(images: Group | Visible) -> Float[Tensor, "b c height width"]:
     return images if isinstance(images, Tensor) else images.images

@@ -32,7 +32,7 @@ from modules.backbones.layers import (
     drop_path_rates,
     layer_norm,
 )
-from modules.backbones.masked import Altered, Group, pixels
+from modules.backbones.masked import Altered, Group, Visible, pixels
 from modules.backbones.packed import check_pack
 from modules.backbones.pooling import AttentionPool, QueryPool, only_filled
 from modules.backbones.resampling import Grid
@@ -55,7 +55,7 @@ class NaViT(Backbone):
         patch_norm: LayerNorm before and after the projection of patches (vit-pytorch).
         pooling: "map" attention pooling with an MLP (Zhai et al. 2021); "query" attention pooling
             without one, added to its query, then a norm (vit-pytorch).
-        init: first values: "timm", "jax" (Google), "mae" or "moco" (MoCo v3).
+        init: first values: "timm", "dino", "jax" (Google), "mae" or "moco" (MoCo v3).
         dropout: rate after adding positions, after the attention projection, after the
             activation and after the second linear layer of the MLP.
         drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
@@ -71,7 +71,7 @@ class NaViT(Backbone):
     """
 
     image_size: None
-    takes_masks = True
+    takes_masks = takes_visible = True
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class NaViT(Backbone):
         block: BlockStyle = STYLE,
         patch_norm: bool = False,
         pooling: Literal["map", "query"] = "map",
-        init: Literal["timm", "jax", "mae", "moco"] = "timm",
+        init: Literal["timm", "dino", "jax", "mae", "moco"] = "timm",
         dropout: float = 0.0,
         drop_path: float = 0.0,
         depth: int | None = None,
@@ -121,10 +121,12 @@ class NaViT(Backbone):
         initialise.RULES[init](self)
 
     @overload
-    def forward(self, images: Float[Tensor, "b c height width"] | Altered | Packed) -> Features: ...
+    def forward(
+        self, images: Float[Tensor, "b c height width"] | Altered | Visible | Packed
+    ) -> Features: ...
     @overload
     def forward(self, images: list[Group]) -> list[Features]: ...
-    def forward(self, images: Group | Packed | list[Group]) -> Features | list[Features]:
+    def forward(self, images: Group | Visible | Packed | list[Group]) -> Features | list[Features]:
         if isinstance(images, list):
             return self.forward_groups(images)
         (last,) = self.last_blocks(images, 1)
@@ -142,7 +144,7 @@ class NaViT(Backbone):
         return [self.read_out(tokens, grid, None) for tokens, grid in each]
 
     def last_blocks(
-        self, images: Float[Tensor, "b c height width"] | Altered | Packed, count: int
+        self, images: Float[Tensor, "b c height width"] | Altered | Visible | Packed, count: int
     ) -> list[Features]:
         """What the last `count` blocks give, the last one last, each read out as `forward` does.
 
@@ -153,7 +155,12 @@ class NaViT(Backbone):
         if not 1 <= count <= self.num_layers:
             raise ValueError(f"{count} blocks were asked of a NaViT that has {self.num_layers}")
         grid, segments = None, None
-        if isinstance(images, (Tensor, Altered)):
+        if isinstance(images, Visible):
+            positions, grids = places(self.grid_of(images), images.places.device)
+            own = images.places
+            patches = images.patches(self.patch_size)
+            x = self.embed_patches(patches, positions[0, own], grids[0, own])
+        elif isinstance(images, (Tensor, Altered)):
             grid = self.grid_of(images)
             x = self.embed(images, grid)
         else:
@@ -190,7 +197,7 @@ class NaViT(Backbone):
         out: Tensor = self.pos_drop(x + self.positions(positions, grids))
         return out
 
-    def grid_of(self, images: Float[Tensor, "b c height width"] | Altered) -> Grid:
+    def grid_of(self, images: Float[Tensor, "b c height width"] | Altered | Visible) -> Grid:
         """Rows and columns of patches of such images.
 
         Raises:

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from modules.backbones.attention import Groups, Segments
+from modules.backbones.masked import Part
 from modules.backbones.packed import own_rows, resampled_rows, separable_rows, wave_rows
 from modules.backbones.resampling import (
     Grid,
@@ -254,12 +255,22 @@ def make_biases(
     return nn.ModuleList(tables) if how.place == "every" else tables[0]
 
 
+def read(table: Any, where: Grid | Segments | Part) -> Tensor:
+    """What a table has for the tokens that are there, or what biases there are of all of them."""
+    if isinstance(where, Part):
+        return where.rows(table(where.grid), table.num_prefix)
+    out: Tensor = table(where)
+    return out
+
+
 def for_blocks(
-    tables: nn.Module | None, where: Grid | Segments | Groups, depth: int
+    tables: nn.Module | None, where: Grid | Segments | Groups | Part, depth: int
 ) -> Sequence[Any]:
     """What each block gets: its own table, the shared one, or nothing; of groups one for each."""
     if isinstance(where, Groups) and tables is not None:
         return list(zip(*(for_blocks(tables, grid, depth) for grid in where.grids), strict=True))
+    if tables is None or isinstance(where, Groups):
+        return [None] * depth
     if isinstance(tables, nn.ModuleList):
-        return [table(where) for table in tables]
-    return [None if tables is None else tables(where)] * depth
+        return [read(table, where) for table in tables]
+    return [read(tables, where)] * depth

@@ -31,10 +31,10 @@ from modules.backbones.layers import (
     drop_path_rates,
     layer_norm,
 )
-from modules.backbones.masked import Altered, Group, pixels
+from modules.backbones.masked import Altered, Group, Part, Visible, pixels
 from modules.backbones.packed import check_pack, own_rows
 from modules.backbones.pooling import AttentionPool, mean_patch, only_filled, prefix_token
-from modules.backbones.positions import Positions, for_blocks, make_biases, make_tables
+from modules.backbones.positions import Positions, for_blocks, make_biases, make_tables, read
 from modules.backbones.resampling import MAX_GRID, Grid
 
 
@@ -87,7 +87,7 @@ class ViT(Backbone):
         positions: which positions, and where they enter.
         block: what the blocks are made of.
         pre_logits: Linear and tanh after pooling, as in ImageNet-21k pre-training.
-        init: first values: "timm", "jax" (Google), "mae" or "moco" (MoCo v3).
+        init: first values: "timm", "dino", "jax" (Google), "mae" or "moco" (MoCo v3).
         dropout: rate after adding positions, after the attention projection, after the
             activation and after the second linear layer of the MLP.
         drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
@@ -119,7 +119,7 @@ class ViT(Backbone):
         positions: Positions = Positions(),  # noqa: B008 - frozen
         block: BlockStyle = BlockStyle(),  # noqa: B008 - frozen
         pre_logits: bool = False,
-        init: Literal["timm", "jax", "mae", "moco"] = "timm",
+        init: Literal["timm", "dino", "jax", "mae", "moco"] = "timm",
         dropout: float = 0.0,
         drop_path: float = 0.0,
         uniform_drop_path: bool = False,
@@ -144,7 +144,7 @@ class ViT(Backbone):
         self.image_size, self.in_channels = (height, width), in_channels
         self.pooling, self.grid = pooling, (height // patch_size, width // patch_size)
         self.max_grid = None if positions.kind == "none" else MAX_GRID
-        self.takes_packs = positions.kind != "relative"
+        self.takes_packs = self.takes_visible = positions.kind != "relative"
         prefix = self.num_prefix_tokens = class_token + distillation_token + num_registers
 
         self.patch_embed = PatchEmbed(patch_size, in_channels, dim)
@@ -170,10 +170,12 @@ class ViT(Backbone):
         initialise.RULES[init](self)
 
     @overload
-    def forward(self, images: Float[Tensor, "b c height width"] | Altered | Packed) -> Features: ...
+    def forward(
+        self, images: Float[Tensor, "b c height width"] | Altered | Visible | Packed
+    ) -> Features: ...
     @overload
     def forward(self, images: list[Group]) -> list[Features]: ...
-    def forward(self, images: Group | Packed | list[Group]) -> Features | list[Features]:
+    def forward(self, images: Group | Visible | Packed | list[Group]) -> Features | list[Features]:
         if isinstance(images, list) and len(images) > 1:
             return self.forward_groups(images)
         (last,) = self.last_blocks(images[0] if isinstance(images, list) else images, 1)
@@ -189,7 +191,7 @@ class ViT(Backbone):
         return [self.pool(tokens, grid) for tokens, grid in each]
 
     def last_blocks(
-        self, images: Float[Tensor, "b c height width"] | Altered | Packed, count: int
+        self, images: Float[Tensor, "b c height width"] | Altered | Visible | Packed, count: int
     ) -> list[Features]:
         """What the last `count` blocks give, the last one last, each read out as `forward` does.
 
@@ -199,8 +201,11 @@ class ViT(Backbone):
         """
         if not 1 <= count <= self.num_layers:
             raise ValueError(f"{count} blocks were asked of a ViT that has {self.num_layers}")
-        where: Grid | Segments
-        if isinstance(images, (Tensor, Altered)):
+        where: Grid | Segments | Part
+        if isinstance(images, Visible):
+            where = Part(self.grid_of(images), images.places)
+            x = self.embed_visible(images, where)
+        elif isinstance(images, (Tensor, Altered)):
             where = self.grid_of(images)
             x = self.embed(images, where)
         else:
@@ -209,7 +214,7 @@ class ViT(Backbone):
             x = self.embed_pack(images, where)
         return [self.read_out(x, where) for x in self.run_blocks(x, where, keep=count)]
 
-    def grid_of(self, images: Float[Tensor, "b c height width"] | Altered) -> Grid:
+    def grid_of(self, images: Float[Tensor, "b c height width"] | Altered | Visible) -> Grid:
         """Rows and columns of patches of such images.
 
         Raises:
@@ -224,9 +229,24 @@ class ViT(Backbone):
         x = self.patch_embed(pixels(images))
         if isinstance(images, Altered):
             x = images.over(x)
-        if (before := self.prefix_tokens()) is not None:
-            x = torch.cat((before.expand(x.shape[0], -1, -1), x), dim=1)
-        return self.add_positions(x, grid)
+        return self.add_positions(self.after_prefix(x), grid)
+
+    def embed_visible(self, images: Visible, part: Part) -> Float[Tensor, "b n d"]:
+        """The same of the patches that are there; others are not even projected."""
+        if not self.takes_visible:
+            raise ValueError(
+                "relative positions need all patches of an image: the biases of a choice of them "
+                "would be as many as its attention scores; use learned1d, learned2d or sincos2d "
+                "positions"
+            )
+        x = self.patch_embed.packed(images.patches(self.patch_size))
+        return self.add_positions(self.after_prefix(x), part)
+
+    def after_prefix(self, patches: Float[Tensor, "b n d"]) -> Float[Tensor, "b with_prefix d"]:
+        """Prefix tokens, then patches."""
+        if (before := self.prefix_tokens()) is None:
+            return patches
+        return torch.cat((before.expand(patches.shape[0], -1, -1), patches), dim=1)
 
     def embed_pack(self, pack: Packed, segments: Segments) -> Float[Tensor, "rows n d"]:
         """The same for a pack, every token in its place; padding begins as zeros."""
@@ -240,15 +260,15 @@ class ViT(Backbone):
         return torch.cat(given, dim=1) if given else None
 
     def add_positions(
-        self, x: Float[Tensor, "b n d"], where: Grid | Segments
+        self, x: Float[Tensor, "b n d"], where: Grid | Segments | Part
     ) -> Float[Tensor, "b n d"]:
         if self.inject == "stem" and self.positions is not None:
-            x = x + self.positions(where)
+            x = x + read(self.positions, where)
         out: Tensor = self.pos_drop(x)
         return out
 
     def run_blocks(
-        self, x: Float[Tensor, "b n d"], where: Grid | Segments | Groups, keep: int
+        self, x: Float[Tensor, "b n d"], where: Grid | Segments | Groups | Part, keep: int
     ) -> list[Float[Tensor, "b n d"]]:
         """The tokens after each of the last `keep` blocks."""
         tables = None if self.inject == "stem" else self.positions
@@ -266,11 +286,11 @@ class ViT(Backbone):
             kept = [*kept, x][-keep:]
         return kept
 
-    def read_out(self, x: Float[Tensor, "b n d"], where: Grid | Segments) -> Features:
+    def read_out(self, x: Float[Tensor, "b n d"], where: Grid | Segments | Part) -> Features:
         """Final norm and pooling of the tokens after a block."""
         return self.pool(self.norm(x), where)
 
-    def pool(self, x: Float[Tensor, "b n d"], where: Grid | Segments) -> Features:
+    def pool(self, x: Float[Tensor, "b n d"], where: Grid | Segments | Part) -> Features:
         """What is read from tokens after the final norm."""
         segments = where if isinstance(where, Segments) else None
         patches = x if segments is not None else x[:, self.num_prefix_tokens :]
@@ -288,8 +308,8 @@ class ViT(Backbone):
         return Features(
             pooled=only_filled(pooled, segments),
             cls=cls,
-            patches=patches,
-            grid=None if isinstance(where, Segments) else where,
+            patches=x if isinstance(where, Part) else patches,
+            grid=None if isinstance(where, (Segments, Part)) else where,
             dist=None if self.dist_token is None else prefix_token(x, int(has_cls), segments),
         )
 

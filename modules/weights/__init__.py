@@ -23,11 +23,12 @@ import timm
 from timm.layers.mlp import SwiGLUPacked
 from torch import nn
 
-from modules.backbones import Backbone, BlockStyle, LVViT, ViT
+from modules.backbones import Backbone, BlockStyle, LVViT, Timm, ViT
+from modules.backbones.any_timm import classifiers
 from modules.backbones.positions import Learned1D
 from modules.weights.files import State, read
-from modules.weights.names import BESIDE, Origins, with_our_names
-from modules.weights.positions import fit_positions, tokens_of
+from modules.weights.names import BESIDE, Origins, with_our_names, with_timm_names
+from modules.weights.positions import drop_computed, fit_positions, tokens_of
 
 FINAL_NORMS = ("norm", "fc_norm")  # of all tokens, of their average
 
@@ -97,7 +98,8 @@ def load(
         ValueError: a file that is refused, tensors missing, left over or of another shape, a
             name in `drop` that is nowhere.
     """
-    state, origins = with_our_names(choose(open_source(str(source)), part, str(source)))
+    state = choose(open_source(str(source)), part, str(source))
+    state, origins = named_for(getattr(network, "backbone", network), state, str(source))
     return fill(network, state, origins, str(source), drop)
 
 
@@ -116,21 +118,33 @@ def load_backbone(
     Raises:
         ValueError: as `load`; whatever is neither the backbone's nor known to go without it.
     """
-    parts = open_source(str(source))
-    state, origins = with_our_names(choose(parts, part, str(source)))
-    own = set(backbone.state_dict())
-    behind = {key.split(".")[0] for key in state if key not in own and BESIDE.match(key)}
+    state = choose(open_source(str(source)), part, str(source))
+    state, origins = named_for(backbone, state, str(source))
+    own = {bare(key) for key in backbone.state_dict()}
+    behind = {key for key in state if key not in own and BESIDE.match(key)}
     norms = [{key for key in keys if is_named(key, (), FINAL_NORMS)} for keys in (state, own)]
     if all(norms) and not norms[0] & norms[1]:
         behind |= {key.split(".")[0] for key in norms[0] | norms[1]}
     return fill(backbone, state, origins, str(source), [*drop, *sorted(behind)])
 
 
+def named_for(backbone: nn.Module, state: State, source: str) -> tuple[State, Origins]:
+    """The tensors of a file under the names of this backbone, and for each the names it had."""
+    if isinstance(backbone, Timm):
+        return with_timm_names(state, backbone, source)
+    return with_our_names(state)
+
+
+def bare(key: str) -> str:
+    """A name without what networks of ours put before it, as `read` takes it off."""
+    return key.removeprefix("backbone.").removeprefix("model.")
+
+
 def fill(
     network: nn.Module, state: State, origins: Origins, source: str, drop: Sequence[str]
 ) -> Report:
     """`load` of tensors that were read and have our names."""
-    own = {key.removeprefix("backbone."): key for key in network.state_dict()}
+    own = {bare(key): key for key in network.state_dict()}
     for entry in drop:
         if not any(is_named(key, origins.get(key, ()), (entry,)) for key in {*state, *own}):
             raise ValueError(f"drop names {entry!r}, but neither {source} nor the network has it")
@@ -139,12 +153,12 @@ def fill(
     kept = [key for key in own if is_named(key, (), drop)]
     state = {key: tensor for key, tensor in state.items() if key not in dropped}
     backbone = getattr(network, "backbone", network)
-    resampled: dict[str, str] = {}
+    resampled = drop_computed(state, network)
     if isinstance(backbone, ViT):
         is_ours = any(
             name.startswith(("positions.", "relative.")) for (name, *_) in origins.values()
         )
-        resampled = fit_positions(state, tokens, backbone, is_ours)
+        resampled |= fit_positions(state, tokens, backbone, is_ours)
     wanted = {key: network.state_dict()[own[key]] for key in own if key not in kept}
     found = tuple(state)
     # A counter that batch norms with a momentum do not read, and that old files have not.
@@ -215,7 +229,7 @@ def check_cover(source: str, state: State, wanted: State) -> None:
 
 
 def to_timm(network: nn.Module) -> State:
-    """The weights of a ViT, or of a ViT with its heads, under timm's names.
+    """The weights of a ViT or a `Timm`, or of one with its heads, under timm's names.
 
     Fixed and two-dimensional positions become one table; a residual scale goes into the weights
     of its branch. A timm model with the arguments of `timm_arguments` gives equal outputs.
@@ -226,6 +240,8 @@ def to_timm(network: nn.Module) -> State:
             LV-ViT's convolutions.
     """
     vit = getattr(network, "backbone", network)
+    if isinstance(vit, Timm):
+        return of_timm(network, vit)
     if not isinstance(vit, ViT):
         raise ValueError(f"{type(vit).__name__} has no counterpart among timm's ViTs")
     lacks = {
@@ -259,13 +275,27 @@ def to_timm(network: nn.Module) -> State:
     return {key: tensor.contiguous().clone() for key, tensor in state.items()}
 
 
+def of_timm(network: nn.Module, backbone: Timm) -> State:
+    """The weights of a network of timm's, with our head as its classifier."""
+    (name, *_), state = classifiers(backbone.model), network.state_dict()
+    if any(key.startswith("heads.") for key in state):
+        raise ValueError(f"timm's {backbone.name} has no probe's heads; export the backbone's run")
+    heads = {key: f"{name}.{key.removeprefix('head.')}" for key in ("head.weight", "head.bias")}
+    return {heads.get(key, bare(key)): t.detach().clone() for key, t in state.items()}
+
+
 def timm_arguments(network: nn.Module) -> dict[str, Any]:
-    """Arguments of timm's `VisionTransformer` (`VisionTransformerDistilled`) for `to_timm`."""
-    vit = getattr(network, "backbone", network)
+    """Arguments of timm's `VisionTransformer` (`VisionTransformerDistilled`) for `to_timm`.
+
+    Of a `Timm`, those of `timm.create_model`.
+    """
+    vit, head = getattr(network, "backbone", network), getattr(network, "head", None)
+    if isinstance(vit, Timm):
+        classes = 0 if head is None else head.out_features
+        return {"model_name": vit.name, "num_classes": classes, "in_chans": vit.in_channels}
     assert isinstance(vit, ViT)
     style, table = vit.style, vit.positions
     block: Any = vit.blocks[0]
-    head = getattr(network, "head", None)
     arguments: dict[str, Any] = {
         "img_size": vit.image_size,
         "patch_size": vit.patch_size,

@@ -1,6 +1,7 @@
 """Names of tensors in other code bases, and ours."""
 
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from modules.backbones import Timm
+from modules.backbones.any_timm import classifiers
 from modules.weights.files import State
 
 Origins = dict[str, tuple[str, ...]]
@@ -15,6 +18,7 @@ Origins = dict[str, tuple[str, ...]]
 # Names of other code bases, as regular expressions, and ours. What is not here is alike.
 RENAMED = (
     (r"^pos_embed$", "positions.table"),
+    (r"^decoder_pos_embed$", "decoder_positions.table"),  # MAE
     (r"\.gamma_([12])$", r".ls\1.gamma"),  # DeiT-III
     (r"^pre_logits\.fc\.", "pre_logits."),  # timm before 0.6
 )
@@ -63,6 +67,30 @@ def with_our_names(state: State) -> tuple[State, Origins]:
             raise ValueError(f"the file has {ours} twice: as {origins[ours][0]} and as {name}")
         origins[ours] = (name,)
     return {ours: state[theirs[0]] for ours, theirs in origins.items()}, origins
+
+
+def with_timm_names(state: State, backbone: Timm, source: str) -> tuple[State, Origins]:
+    """The tensors under timm's names for this network, its classifier as our `head`.
+
+    Where a file does not fit as it is, timm's own reader for this family comes first, which knows
+    the names of those who published it and resamples its positions.
+
+    Raises:
+        ValueError: timm's reader cannot make sense of the file.
+    """
+    own = backbone.model.state_dict()
+    reader = getattr(sys.modules[type(backbone.model).__module__], "checkpoint_filter_fn", None)
+    if reader and any(key not in state or state[key].shape != own[key].shape for key in own):
+        try:
+            state = dict(reader(dict(state), backbone.model))
+        except Exception as error:  # it is made for files that are as it expects them
+            raise ValueError(
+                f"timm cannot read {source} as weights of {backbone.name} "
+                f"({type(error).__name__}: {error})"
+            ) from error
+    theirs = {f"{classifiers(backbone.model)[0]}.{leaf}": leaf for leaf in ("weight", "bias")}
+    ours = {name: f"head.{theirs[name]}" if name in theirs else name for name in state}
+    return {ours[n]: t for n, t in state.items()}, {ours[n]: (n,) for n in state}
 
 
 def from_google(arrays: State) -> tuple[State, Origins]:

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modules.backbones import ViT
 from modules.backbones.positions import SinCos2D
@@ -32,17 +32,14 @@ def fit_positions(state: State, tokens: Tokens, backbone: ViT, is_ours: bool) ->
         For each table that had to change, what was done.
 
     Raises:
-        ValueError: a table whose grid is not known, or that is not the one computed here.
+        ValueError: a table whose grid is not known.
     """
     done: dict[str, str] = {}
     how, target = backbone.resample, backbone.state_dict()
     for name in [name for name in state if name.startswith(("positions.", "relative."))]:
-        if name == "positions.table" and isinstance(backbone.positions, SinCos2D):
-            check_sincos(state.pop(name), backbone.positions)
-            done[name] = "equals the computed sines and cosines"
-        elif name not in target or (is_ours and target[name].shape == state[name].shape):
+        if name not in target or (is_ours and target[name].shape == state[name].shape):
             continue
-        elif name.startswith("relative."):
+        if name.startswith("relative."):
             new = target[name].shape
             state[name] = resample_grid(state[name], (new[0], new[1]), how)
             done[name] = f"resampled to {new[0]}x{new[1]} offsets"
@@ -52,6 +49,24 @@ def fit_positions(state: State, tokens: Tokens, backbone: ViT, is_ours: bool) ->
             done[name] = f"resampled to {length}"
         elif name.endswith("table") and (what := fit_table(state, name, tokens, backbone, is_ours)):
             done[name] = what
+    return done
+
+
+def drop_computed(state: State, network: nn.Module) -> dict[str, str]:
+    """Take the tables out of `state` that a network, or its backbone, computes.
+
+    Returns:
+        For each of them, what was found.
+
+    Raises:
+        ValueError: another table than the one computed here.
+    """
+    done: dict[str, str] = {}
+    for module_name, module in network.named_modules():
+        name = f"{module_name.removeprefix('backbone.')}.table"
+        if isinstance(module, SinCos2D) and name in state:
+            check_sincos(state.pop(name), module)
+            done[name] = "equals the computed sines and cosines"
     return done
 
 

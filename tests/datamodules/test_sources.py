@@ -56,12 +56,36 @@ def test_channels() -> None:
     assert open_source("digits", "val", channels=3)[0].image.shape == (8, 8, 3)
 
 
+def test_some_of_the_training_images() -> None:
+    every = open_source("digits", "train", channels=1)
+    some = open_source("digits", "train", channels=1, num_train=100)
+    assert (len(every), len(some), some.channels) == (1437, 100, 1)
+    assert some.class_names == every.class_names
+    names = [some.describe(i) for i in range(100)]
+    assert len(set(names)) == 100
+    assert names != [every.describe(i) for i in range(100)]  # drawn, not the first ones
+    again = open_source("digits", "train", channels=1, num_train=100)
+    assert [again.describe(i) for i in range(100)] == names
+    at = {every.describe(i): i for i in range(len(every))}
+    for i in range(100):
+        theirs = every[at[names[i]]]
+        assert np.array_equal(some[i].image, theirs.image)
+        assert some[i].label == theirs.label
+    assert len({some[i].label for i in range(100)}) == 10
+    assert len(open_source("digits", "val", channels=1, num_train=100)) == 360
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         ({"name": "digit"}, "unknown data.source 'digit'; known: digits, shapes, folder"),
         ({"name": "shape"}, r"torchvision:NAME; did you mean shapes\?"),
-        ({"name": "digits", "size": 3}, "source 'digits' has no option 'size'; it takes: none"),
+        (
+            {"name": "digits", "size": 3},
+            "source 'digits' has no option 'size'; it takes: num_train",
+        ),
+        ({"name": "digits", "num_train": 0}, "num_train is 0; expected 1 to 1437, which"),
+        ({"name": "digits", "num_train": 1438}, "num_train is 1438; expected 1 to 1437"),
         ({"name": "digits", "root": "x"}, "data.root is 'x', but digits is embedded"),
         ({"name": "folder"}, r"source folder needs data\.root"),
         ({"name": "torchvision:FashionMNST", "root": "x"}, "did you mean FashionMNIST"),

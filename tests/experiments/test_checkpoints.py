@@ -223,3 +223,37 @@ def test_export_says_what_is_wrong(tmp_path: Path) -> None:
     torch.save({"state_dict": {}, "global_step": 0}, tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match=r"config\.yaml: no such file; name the run's"):
         export(["--checkpoint", str(tmp_path / "a.ckpt"), "--out", str(tmp_path / "x.onnx")])
+
+
+PRETRAINING = {
+    "MAE": {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
+    "DINO": {"num_prototypes": 8, "hidden_dim": 8, "bottleneck_dim": 4},
+    "MoCo": {"hidden_dim": 8, "projection_dim": 4, "freeze_patches": False},
+}
+
+
+@pytest.mark.parametrize("name", PRETRAINING)
+def test_of_what_learned_without_labels_the_backbone_goes_out(name: str, tmp_path: Path) -> None:
+    vit = {"variant": "mu", "patch_size": 4, "image_size": 16, "positions": {"kind": "sincos2d"}}
+    backbone = {"class_path": "modules.backbones.ViT", "init_args": vit}
+    model = {
+        "class_path": f"modules.{name}",
+        "init_args": {"backbone": backbone, **PRETRAINING[name]},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": model}), encoding="utf-8")
+    method = build_method(tmp_path / "config.yaml")
+    (tmp_path / "checkpoints").mkdir()
+    checkpoint, out = tmp_path / "checkpoints" / "last.ckpt", tmp_path / "out.safetensors"
+    torch.save({"state_dict": method.state_dict(), "global_step": 3}, checkpoint)
+    assert export(["--checkpoint", str(checkpoint), "--out", str(out)]) == 0
+    network = next(child for child in method.children() if hasattr(child, "backbone"))
+    arguments = weights.timm_arguments(network.backbone)
+    theirs = timm.create_model("vit_tiny_patch16_224", **arguments, checkpoint_path=str(out))
+    images = torch.randn(3, 3, 16, 16)
+    expected = network.backbone(images).pooled
+    torch.testing.assert_close(theirs.eval()(images), expected, atol=1e-5, rtol=1e-5)
+    if name == "MAE":  # the others go the same way
+        graph = tmp_path / "out.onnx"
+        assert export(["--checkpoint", str(checkpoint), "--out", str(graph)]) == 0
+        (embeddings,) = onnxruntime.InferenceSession(graph).run(None, {"images": images.numpy()})
+        torch.testing.assert_close(torch.tensor(embeddings), expected, atol=1e-5, rtol=1e-5)

@@ -79,9 +79,9 @@ def test_k_nn_equals_scikit_learns(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["-c", "random", "--config", str(DIGITS), "--k", "1", "--temperature", "1e6"]
     assert judge.knn(arguments) == 0
     said = capsys.readouterr().out
-    judged = judge.Judged(
-        judge.make_parser("knn", "").parse_args(["-c", "random", "--config", str(DIGITS)]), []
-    )
+    parser = judge.make_parser("knn", "")
+    judge.with_training(parser)
+    judged = judge.Judged(parser.parse_args(["-c", "random", "--config", str(DIGITS)]), [])
     sides = [
         np.array(f.features / f.features.norm(dim=1, keepdim=True))
         for f in (judged.train, judged.val)
@@ -245,7 +245,9 @@ def test_packs_of_any_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     arguments = ["-c", "random", "--config", str(recipe), "--k", "3"]
     assert judge.knn([*arguments, *small]) == 0
     assert "30 training and 9 held-out images" in capsys.readouterr().out
-    judged = judge.Judged(judge.make_parser("knn", "").parse_args(arguments[:4]), small)
+    parser = judge.make_parser("knn", "")
+    judge.with_training(parser)
+    judged = judge.Judged(parser.parse_args(arguments[:4]), small)
     assert isinstance(judged.subject.backbone, NaViT)
     source = judged.data.train_source
     assert judged.train.labels.tolist() == [source[i].label for i in range(len(source))]

@@ -1,6 +1,7 @@
 """Every recipe under `experiments/` runs: a new file is tested without a word here."""
 
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -51,17 +52,36 @@ def labels(recipe: Path, directory: Path) -> list[str]:
     content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     if "labels" not in content["data"]["init_args"]:
         return []
-    scenes = yaml.safe_load(smoke_for(recipe).read_text(encoding="utf-8"))["data"]["init_args"]
+    scenes = yaml.safe_load(overlay_of(recipe).read_text(encoding="utf-8"))["data"]["init_args"]
     source = open_source("shapes", "train", None, channels=3, **scenes["source_args"])
     classes = content["model"]["init_args"]["num_classes"]
     write_maps(directory / "maps", source, num_classes=classes)
     return [f"--data.init_args.labels={directory / 'maps'}"]
 
 
-def smoke_for(recipe: Path) -> Path:
-    """The overlay that makes a recipe small: that of its method, its data, or of all others."""
+def smoke_for(recipe: Path, directory: Path) -> Path:
+    """The overlay that makes a recipe small: that of its method, its data, or of all others.
+
+    A network of timm's becomes timm's miniature of its family in the place of the toy ViT.
+    """
+    overlay = overlay_of(recipe)
     content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    own = {"modules.MoCo": "moco", "modules.DINO": "dino", "datamodules.PackedDataModule": "navit"}
+    backbone = content["model"]["init_args"].get("backbone", {})
+    if backbone.get("class_path") != "modules.backbones.Timm":
+        return overlay
+    small, name = yaml.safe_load(overlay.read_text(encoding="utf-8")), backbone["init_args"]["name"]
+    (toy,) = (m for m in timm.list_models("test_*") if re.match(rf"{m[5:]}(\d{{2}}|_)", name))
+    small["model"]["init_args"]["backbone"]["init_args"] = {"name": toy}
+    (directory / "smoke.yaml").write_text(yaml.safe_dump(small), encoding="utf-8")
+    return directory / "smoke.yaml"
+
+
+def overlay_of(recipe: Path) -> Path:
+    if (beside := recipe.parent / "smoke.yaml").is_file() and recipe.parent != EXPERIMENTS:
+        return beside
+    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    own = {"modules.MoCo": "moco", "modules.DINO": "dino", "modules.MAE": "mae"}
+    own["datamodules.PackedDataModule"] = "navit"
     for part in ("model", "data"):
         if (name := content[part]["class_path"]) in own:
             return EXPERIMENTS / own[name] / "smoke.yaml"
@@ -72,7 +92,7 @@ def smoke_for(recipe: Path) -> Path:
 def test_recipe(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     quiet = "--trainer.enable_progress_bar=false"
-    smoke = ["--config", str(recipe), "--config", str(smoke_for(recipe)), quiet]
+    smoke = ["--config", str(recipe), "--config", str(smoke_for(recipe, tmp_path)), quiet]
     smoke += [*teacher(recipe, tmp_path), *weights(recipe, tmp_path), *labels(recipe, tmp_path)]
     first = fit(monkeypatch, *smoke, "--trainer.max_steps=1")
     assert first.trainer.global_step == 1

@@ -89,6 +89,41 @@ def test_from_a_run_of_ours_with_other_classes(
         own.with_suffix(".away").rename(own)
 
 
+@pytest.mark.parametrize(
+    ("name", "smaller"),
+    [("DINO", {"num_prototypes": 16, "bottleneck_dim": 8}), ("MoCo", {"projection_dim": 8})],
+)
+def test_training_without_labels_goes_on_from_weights(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, smaller: dict[str, int]
+) -> None:
+    """Student and teacher begin as the backbone, and it is not needed to go on."""
+    views = {"num_local": 0 if name == "MoCo" else 1, "local_size": 8}
+    recipe = {
+        "model": {"class_path": f"modules.{name}", "init_args": {"hidden_dim": 16} | smaller},
+        "data": {"class_path": "datamodules.MultiCropDataModule", "init_args": views},
+    }
+    (tmp_path / "on.yaml").write_text(json.dumps(recipe))
+    given = ["--config", str(tmp_path / "on.yaml"), "--weights", str(own), "--network=averaged"]
+    quick = [option for option in QUICK if "rand_augment" not in option]
+    still = ["--model.init_args.optimizer.base_lr=0", "--model.init_args.optimizer.min_lr=0"]
+    still += ["--trainer.limit_val_batches=0", "--checkpoint.monitor=null"]
+    monkeypatch.chdir(tmp_path)
+    method = fit(monkeypatch, *given, *quick, *still).model
+    state = torch.load(own, weights_only=True)["state_dict"]
+    for network in method.networks().values():
+        same(network.backbone, state, "averaged.backbone.")
+    run = only_run(tmp_path)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["model"]["init_args"]["weights_part"] == "averaged"
+    assert config["data"]["init_args"]["mean"] == [0.25]
+    own.rename(own.with_suffix(".away"))
+    try:
+        again = fit(monkeypatch, "--resume", str(run), "--trainer.max_steps=2")
+        assert again.trainer.global_step == 2
+    finally:
+        own.with_suffix(".away").rename(own)
+
+
 def test_the_recipes_options_and_the_command_lines_win(
     own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,3 +259,9 @@ def test_other_commands_are_left_alone() -> None:
     ):
         assert take_weights(["fit", *given]) == ["fit", *given]
     assert take(["--a", "--b", "x", "--b=y", "z"], "--b") == (["--a", "z"], ["x", "y"])
+
+
+def test_a_method_that_takes_none() -> None:
+    recipe = str(EXPERIMENTS / "quickstart" / "mae.yaml")
+    with pytest.raises(ValueError, match=r"modules\.MAE begins with first values and takes no"):
+        take_weights(["fit", "--config", recipe, "--weights", "x.ckpt"])

@@ -422,3 +422,17 @@ def test_tiles_show_the_image_and_its_maps() -> None:
     tile = picture[:, -128 - 8 : -8, left : left + 128]
     torch.testing.assert_close(tile[:, :64, 64:], shown[0, :, :64, 64:])  # kept
     assert (tile[:, :64, :64] - shown[0, :, :64, :64]).abs().mean() > 0.2  # darkened
+
+
+def test_intersection_over_union() -> None:
+    is_object = torch.zeros(4, 6, dtype=torch.bool)
+    is_object[:2, :3] = True  # one patch of 2 x 2 and half of its neighbour
+    is_kept = torch.tensor([[True, True, False], [False, False, False]])
+    maps = torch.stack((is_kept, ~is_kept, torch.zeros_like(is_kept)))
+    found = analysis.jaccard(maps, is_object.expand(3, -1, -1))
+    assert found.tolist() == pytest.approx([6 / 8, 0.0, 0.0])
+    assert analysis.jaccard(is_kept, is_kept.repeat_interleave(2, 0).repeat_interleave(2, 1)) == 1.0
+    nothing = torch.zeros(4, 6, dtype=torch.bool)
+    assert analysis.jaccard(torch.zeros(2, 3, dtype=torch.bool), nothing) == 0.0
+    with pytest.raises(ValueError, match=r"masks of \(4, 7\) pixels for \(2, 3\) patches"):
+        analysis.jaccard(is_kept, torch.zeros(4, 7, dtype=torch.bool))

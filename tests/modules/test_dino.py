@@ -295,6 +295,7 @@ def test_half_precision_trains_and_keeps_the_teacher_in_float32(tmp_path: Path) 
             "centering sinkhorn_knopp has no center; remove it",
         ),
         ({"warmup_teacher_epochs": 0}, "a warm-up needs both, or neither"),
+        ({"weights_part": "teacher"}, "are about weights, which is not set"),
         ({"warmup_teacher_temperature": None}, "a warm-up needs both, or neither"),
     ],
 )

@@ -105,12 +105,14 @@ def kept_elements(run: Callable[[], Tensor]) -> int:
     return max(sizes)
 
 
-def test_no_logits_are_kept_for_the_gradient() -> None:
+def test_no_logits_but_the_last_ones_are_kept_for_the_gradient() -> None:
     student, weight, taught, prototypes = drawn(k=500)
     targets = Center(500, 0.9).double().targets(taught, prototypes, 0.5)
     q = targets(slice(None))
     assert kept_elements(lambda: plain(student @ weight.T, q, 0.3)) >= 5 * 7 * 500
-    assert kept_elements(lambda: view_loss(student, weight, targets, 0.3, 2)) <= weight.numel()
+    last = 5 * 1 * 500  # views, what two at a time leave of seven images, prototypes
+    kept = kept_elements(lambda: view_loss(student, weight, targets, 0.3, 2))
+    assert kept <= max(last, weight.numel())
 
 
 def test_the_loss_is_float32_under_autocast() -> None:

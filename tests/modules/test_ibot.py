@@ -2,8 +2,6 @@
 
 import math
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
@@ -399,15 +397,6 @@ def test_layer_decay_has_the_token_at_the_stem() -> None:
     student = views.method(masked_patches=MaskedPatches(num_prototypes=9)).student
     assert student.layer_of("mask_token") == 0
     assert student.layer_of("patch_head.mlp.0.weight") == student.num_layers + 1
-
-
-@pytest.mark.slow
-def test_a_step_compiles_once_without_a_break() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.compiled_ibot"], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == ["1"]
 
 
 def test_the_backbone_of_its_checkpoint_loads_into_others(tmp_path: Path) -> None:

@@ -228,6 +228,7 @@ def trainer(batches: int, epochs: int, batch: int, devices: int, accumulate: int
     fake.world_size, fake.accumulate_grad_batches = devices, accumulate
     fake.num_training_batches = batches
     fake.estimated_stepping_batches = epochs * -(-batches // accumulate)
+    fake.gradient_clip_val = None
     return fake
 
 
@@ -317,6 +318,13 @@ def test_run_without_an_end_is_refused() -> None:
     endless.estimated_stepping_batches = float("inf")
     with pytest.raises(ValueError, match=r"set trainer\.max_epochs or max_steps"):
         optim.learning_rate(Optimization(), endless)
+
+
+def test_clipping_by_the_trainer_is_refused() -> None:
+    clips = trainer(10, 1, 1, 1, 1)
+    clips.gradient_clip_val = 1.0
+    with pytest.raises(ValueError, match=r"set optimizer\.clip_norm of the model, not trainer"):
+        optim.learning_rate(Optimization(), clips)
 
 
 def test_layer_scale_of_a_group_multiplies_its_rate() -> None:

@@ -1,7 +1,5 @@
 """Groups of images of several sizes in one pass: every image is what it would be alone."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -116,13 +114,3 @@ def test_stochastic_depth_is_drawn_for_every_image() -> None:
     assert 0.6 < share < 0.9
     drop.eval()
     assert torch.equal(drop(where.join(parts), where), where.join(parts))
-
-
-@pytest.mark.slow
-def test_one_compilation_serves_groups() -> None:
-    """In a process of its own: a compiler cannot trace the shape checks of the tests."""
-    code = "from tests import compiled; print(compiled.compilations_of_groups())"
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["1"]

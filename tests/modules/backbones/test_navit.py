@@ -315,7 +315,7 @@ def test_every_option_changes_the_output_and_learns(option: str) -> None:
         assert parameter.grad.any(), name
 
 
-@pytest.mark.parametrize("init", ["timm", "jax", "mae", "moco"])
+@pytest.mark.parametrize("init", ["timm", "dino", "jax", "mae", "moco"])
 def test_first_values(init: Any) -> None:
     torch.manual_seed(0)
     network = NaViT("S", 8, depth=1, init=init, pooling="query")
@@ -324,7 +324,7 @@ def test_first_values(init: Any) -> None:
     assert (network.blocks[0].attn.q_norm.gamma == 1).all()
     xavier = math.sqrt(2 / (384 + 3 * 384))
     each = math.sqrt(2 / (2 * 384))
-    expected = {"timm": 0.02, "jax": each, "mae": xavier, "moco": each}[init]
+    expected = {"timm": 0.02, "dino": 0.02, "jax": each, "mae": xavier, "moco": each}[init]
     assert network.blocks[0].attn.qkv.weight.std().item() == pytest.approx(expected, rel=0.02)
     for coordinates, spread in (("absolute", 0.5), ("fractional", 10.0)):
         torch.manual_seed(0)

@@ -175,7 +175,7 @@ def test_uniform_drop_path() -> None:
     assert rates[1] == [0.2, 0.2, 0.2]
 
 
-@pytest.mark.parametrize("init", ["timm", "jax", "mae", "moco"])
+@pytest.mark.parametrize("init", ["timm", "dino", "jax", "mae", "moco"])
 def test_first_values(init: str) -> None:
     torch.manual_seed(0)
     options = {"init": init, "pooling": "map", "num_registers": 4, "pre_logits": True}
@@ -186,6 +186,7 @@ def test_first_values(init: str) -> None:
     each = math.sqrt(2 / (dim + dim))
     expected = {
         "timm": (0.02, 0.02, 0.02, 1 / math.sqrt(3 * fan_in), 0.02, 1e-6),
+        "dino": (0.02, 0.02, 0.02, 1 / math.sqrt(3 * fan_in), 0.02, 0.02),
         "jax": (each, xavier["mlp"], each, 1 / math.sqrt(fan_in), 0.02, 0.0),
         "mae": (xavier["qkv"], xavier["mlp"], each, math.sqrt(2 / (dim + fan_in)), 0.02, 0.02),
         "moco": (each, xavier["mlp"], each, math.sqrt(2 / (dim + fan_in)), 0.02, 1e-6),

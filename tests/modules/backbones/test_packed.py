@@ -1,7 +1,5 @@
 """A ViT given a pack: every image is what it is alone, and no image knows of another."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ from modules.backbones import Backbone, BlockStyle, NaViT, Positions, ViT, atten
 from modules.backbones.attention import Segments
 from modules.backbones.layers import DropPath
 from modules.backbones.resampling import MAX_GRID
-from tests.compiled import NETWORKS
 from tests.modules.backbones.test_positions import ALL, name_of
 from tests.packs import images, pack
 
@@ -273,12 +270,3 @@ def test_packs_of_another_network_are_refused() -> None:
     unplaced = vit(positions=Positions("none"))
     assert unplaced.max_grid is None
     assert torch.isfinite(unplaced(long).pooled).all()
-
-
-@pytest.mark.slow
-def test_one_compilation_serves_every_pack() -> None:
-    """In a process of its own: a compiler cannot trace the shape checks of the tests."""
-    command = [sys.executable, "-m", "tests.compiled"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [f"{name} 1" for name in NETWORKS]

@@ -213,20 +213,24 @@ def test_errors(arguments: dict, says: str) -> None:
         ViT("mu", embed_dim=30, num_heads=2, image_size=32, positions=Positions("sincos2d"))
 
 
-@pytest.mark.parametrize("size", ["native", "larger", "local", "rect"])
-def test_dino_at_all_four_sizes(size: str) -> None:
+SIZES = ("native", "larger", "local", "rect")
+
+
+def golden_dino() -> tuple[ViT, dict[str, Any]]:
+    """The published network and what it gave at four sizes."""
     with safe_open(GOLDEN, "pt") as file:
         golden = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    vit = ViT(
-        *("mu", 8, 64),
-        embed_dim=48,
-        depth=3,
-        num_heads=3,
-        positions=Positions(resample="dino"),
-    ).eval()
+    how = {"embed_dim": 48, "depth": 3, "num_heads": 3, "positions": Positions(resample="dino")}
+    vit = ViT("mu", 8, 64, **how).eval()
     state = {n.removeprefix("weights."): t for n, t in golden.items() if n.startswith("weights.")}
     state["positions.table"] = state.pop("pos_embed")
     vit.load_state_dict(state, strict=True)
+    return vit, golden
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_dino_at_all_four_sizes(size: str) -> None:
+    vit, golden = golden_dino()
     images = golden[f"in.{size}"]
     features = vit(images)
     close = {"atol": 1e-5, "rtol": 1e-5}
@@ -236,3 +240,12 @@ def test_dino_at_all_four_sizes(size: str) -> None:
     if size == "native":
         last = torch.cat([f.cls for f in vit.last_blocks(images, 2)], dim=1)
         torch.testing.assert_close(last, golden["last2.native"], **close)
+
+
+def test_dino_at_all_four_sizes_in_one_pass() -> None:
+    vit, golden = golden_dino()
+    groups = vit([golden[f"in.{size}"] for size in SIZES])
+    close = {"atol": 1e-5, "rtol": 1e-5}
+    for size, features in zip(SIZES, groups, strict=True):
+        torch.testing.assert_close(features.pooled, golden[f"cls.{size}"], **close)
+        torch.testing.assert_close(features.patches, golden[f"tokens.{size}"][:, 1:], **close)

@@ -1,0 +1,20 @@
+"""What is compiled once serves every batch, without a break."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.compiled import NETWORKS
+from tests.runs import ROOT, environment
+
+
+@pytest.mark.slow
+def test_one_compilation_of_each() -> None:
+    """In a process of its own: a compiler cannot trace the shape checks of the tests."""
+    command = [sys.executable, "-m", "tests.compiled"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=environment(), check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines() == [f"{name} 1" for name in (*NETWORKS, "groups", "masks")]
