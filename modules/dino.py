@@ -34,7 +34,7 @@ from torch import Tensor
 from callbacks.collapse import Collapse
 from callbacks.ema import EMA, Average
 from datamodules.batch import ImageBatch, Images, MultiCropBatch, PackedBatch
-from datamodules.module import Needs, SourceDataModule
+from datamodules.module import SourceDataModule
 from datamodules.views import NUM_GLOBAL
 from modules import optim
 from modules.backbones import Backbone
@@ -43,7 +43,7 @@ from modules.dino_loss import Center, Targets, diagnose, koleo, sinkhorn_targets
 from modules.dino_network import Head, Network, Seen
 from modules.drawing import pictures_of
 from modules.ibot import Hidden, MaskedPatches, PatchLoss, hide
-from modules.networks import embed, teaching
+from modules.networks import embed, fit_data, teaching
 from modules.optim import Optimization
 from modules.schedules import dino_cosine, warmup_cosine
 from modules.weights import load_backbone
@@ -167,9 +167,7 @@ class DINO(LightningModule):
 
     def setup(self, stage: str) -> None:
         check_precision(self.trainer)  # an average in half precision would not move
-        data = getattr(self.trainer, "datamodule", None)
-        if isinstance(data, SourceDataModule):
-            data.fit_to(Needs.of(self.student.backbone))
+        fit_data(getattr(self.trainer, "datamodule", None), self.student.backbone)
 
     def on_fit_start(self) -> None:
         if self.weights is not None and self.trainer.ckpt_path is None:  # a run that starts

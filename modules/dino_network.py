@@ -16,6 +16,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from modules.backbones import Backbone
 from modules.backbones.masked import Group, Masked, pixels
 from modules.ibot import Hidden, Vectors
+from modules.networks import AroundBackbone
 
 
 class Head(nn.Module):
@@ -70,7 +71,7 @@ class Seen(NamedTuple):
     patches: Float[Tensor, "gb n d"]
 
 
-class Network(nn.Module):
+class Network(AroundBackbone):
     """A backbone and a head: the student, or the teacher.
 
     With `masks` also a token for patches that are hidden, and `patch_head` for patches where it is
@@ -109,13 +110,6 @@ class Network(nn.Module):
         head = self.heads()[1]
         return head(hidden.of(patches)), head.prototypes
 
-    @property
-    def num_layers(self) -> int:
-        return self.backbone.num_layers
-
     def layer_of(self, name: str) -> int:
-        """The layer of a parameter, for layer decay; the head comes after the last block."""
-        if name == "mask_token":
-            return 0
-        inner = name.removeprefix("backbone.")
-        return self.num_layers + 1 if inner == name else self.backbone.layer_of(inner)
+        """The layer of a parameter, for layer decay; the mask token is one of the stem."""
+        return 0 if name == "mask_token" else super().layer_of(name)

@@ -39,7 +39,7 @@ from modules.backbones.resampling import MAX_GRID
 from modules.checks import check_at_least, check_precision, check_visible
 from modules.drawing import pictures_of
 from modules.masking import SHAPES, Mask, Shape, Tokens, mask_by, num_visible, row_length, scores
-from modules.networks import embed
+from modules.networks import AroundBackbone, embed
 from modules.optim import Optimization
 from modules.reconstruction import reconstruction
 
@@ -56,7 +56,7 @@ OPTIMIZATION = Optimization(
 Batch = ImageBatch | PackedBatch | MultiCropBatch  # the last of which is refused
 
 
-class Autoencoder(nn.Module):
+class Autoencoder(AroundBackbone):
     """A backbone as the encoder, and the decoder, under the published names.
 
     Args: those of `MAE`.
@@ -204,15 +204,6 @@ class Autoencoder(nn.Module):
         removed = mask.is_removed[:, self.backbone.num_prefix_tokens :]
         removed = removed.view(-1, 1, *grid)
         return reconstruction(images, self.unpatchify(predicted, grid), removed, mean, std)
-
-    @property
-    def num_layers(self) -> int:
-        return self.backbone.num_layers
-
-    def layer_of(self, name: str) -> int:
-        """The layer of a parameter, for layer decay; the decoder comes after the last block."""
-        inner = name.removeprefix("backbone.")
-        return self.num_layers + 1 if inner == name else self.backbone.layer_of(inner)
 
 
 def mean_and_std(

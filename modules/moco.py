@@ -34,12 +34,12 @@ from torch import Tensor, nn
 
 from callbacks.ema import EMA, Average
 from datamodules.batch import ImageBatch, Images, MultiCropBatch, PackedBatch
-from datamodules.module import Needs, SourceDataModule
+from datamodules.module import SourceDataModule
 from modules import optim
 from modules.backbones import Backbone
 from modules.checks import check_at_least, check_precision, check_weights
 from modules.drawing import pictures_of
-from modules.networks import embed, teaching
+from modules.networks import AroundBackbone, embed, fit_data, teaching
 from modules.optim import Optimization
 from modules.schedules import warmup_cosine
 from modules.weights import load_backbone
@@ -60,7 +60,7 @@ def mlp(dims: Sequence[int]) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-class Network(nn.Module):
+class Network(AroundBackbone):
     """A backbone and a projector, and the student's predictor."""
 
     def __init__(self, backbone: Backbone, projector: nn.Module, predictor: nn.Module | None):
@@ -78,15 +78,6 @@ class Network(nn.Module):
         if self.predictor is not None:
             out = [self.predictor(view) for view in out]
         return features, torch.stack(out)
-
-    @property
-    def num_layers(self) -> int:
-        return self.backbone.num_layers
-
-    def layer_of(self, name: str) -> int:
-        """The layer of a parameter, for layer decay; both MLPs come after the last block."""
-        inner = name.removeprefix("backbone.")
-        return self.num_layers + 1 if inner == name else self.backbone.layer_of(inner)
 
 
 def freeze_projection(backbone: Backbone) -> None:
@@ -184,9 +175,7 @@ class MoCo(LightningModule):
 
     def setup(self, stage: str) -> None:
         check_precision(self.trainer)  # an average in half precision would not move
-        data = getattr(self.trainer, "datamodule", None)
-        if isinstance(data, SourceDataModule):
-            data.fit_to(Needs.of(self.student.backbone))
+        fit_data(getattr(self.trainer, "datamodule", None), self.student.backbone)
 
     def on_fit_start(self) -> None:
         if self.weights is not None and self.trainer.ckpt_path is None:  # a run that starts

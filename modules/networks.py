@@ -1,13 +1,14 @@
-"""The networks of a method that can be judged, by name."""
+"""What networks around a backbone share: judged by name, layers, the data they are given."""
 
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from datamodules.batch import Images
+from datamodules.module import Needs, SourceDataModule
 from modules.backbones import Backbone
 
 
@@ -17,6 +18,27 @@ class HasBackbone(Protocol):
 
     @property
     def backbone(self) -> Backbone: ...
+
+
+class AroundBackbone(nn.Module):
+    """A network whose parameters are a backbone's and others that come after its last block."""
+
+    backbone: Backbone
+
+    @property
+    def num_layers(self) -> int:
+        return self.backbone.num_layers
+
+    def layer_of(self, name: str) -> int:
+        """The layer of a parameter, for layer decay."""
+        inner = name.removeprefix("backbone.")
+        return self.num_layers + 1 if inner == name else self.backbone.layer_of(inner)
+
+
+def fit_data(data: Any, backbone: Backbone) -> None:
+    """Tell a data module of ours what the backbone takes; others are left as they are."""
+    if isinstance(data, SourceDataModule):
+        data.fit_to(Needs.of(backbone))
 
 
 def embed(

@@ -33,14 +33,13 @@ from torch import Tensor, nn
 from callbacks.standardize import Reduce, Standardize
 from callbacks.tally import Tally
 from datamodules.batch import ImageBatch, Images, PackedBatch
-from datamodules.module import Needs, SourceDataModule
 from modules import optim
 from modules.backbones import Backbone
 from modules.backbones.attention import Segments
 from modules.backbones.pooling import mean_patch
 from modules.checks import check_classes, check_precision, check_weights
 from modules.losses import soft_cross_entropy, soft_targets
-from modules.networks import embed
+from modules.networks import embed, fit_data
 from modules.optim import Optimization
 from modules.weights import load_backbone
 
@@ -170,8 +169,7 @@ class LinearProbe(LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         check_classes(data, self.num_classes)
         check_precision(self.trainer)
-        if isinstance(data, SourceDataModule):
-            data.fit_to(Needs.of(self.probe.backbone))
+        fit_data(data, self.probe.backbone)
 
     def on_fit_start(self) -> None:
         if self.trainer.ckpt_path is not None:  # a run that goes on has its backbone

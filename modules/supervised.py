@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from callbacks.ema import EMA, Average
 from callbacks.tally import Tally
 from datamodules.batch import ImageBatch, Images, PackedBatch
-from datamodules.module import Needs, SourceDataModule
+from datamodules.module import SourceDataModule
 from datamodules.packed import PackedDataModule
 from modules import optim
 from modules.backbones import Backbone, Features
@@ -38,7 +38,7 @@ from modules.checks import check_classes, check_precision, check_weights
 from modules.distillation import Distillation, Teacher, distill
 from modules.drawing import pictures_of
 from modules.losses import LOSSES, loss_per_image, soft_targets
-from modules.networks import embed
+from modules.networks import AroundBackbone, embed, fit_data
 from modules.optim import Optimization
 from modules.scores import add_scores, log_scores
 from modules.weights import load as load_weights
@@ -48,7 +48,7 @@ HeadInit = Literal["timm", "zero", "mae"]
 HEAD_STD = {"timm": 0.02, "zero": 0.0, "mae": 2e-5}
 
 
-class Classifier(nn.Module):
+class Classifier(AroundBackbone):
     """A backbone and a linear head on its pooled features, with timm's keys.
 
     A backbone that has a distillation token gets a second head, `head_dist`, on that.
@@ -87,15 +87,6 @@ class Classifier(nn.Module):
     def forward(self, images: Images) -> Float[Tensor, "b k"]:
         logits, dist = self.heads(images)
         return logits if dist is None else (logits + dist) / 2
-
-    @property
-    def num_layers(self) -> int:
-        return self.backbone.num_layers
-
-    def layer_of(self, name: str) -> int:
-        """The layer of a parameter, for layer decay; the heads come after the last block."""
-        inner = name.removeprefix("backbone.")
-        return self.num_layers + 1 if inner == name else self.backbone.layer_of(inner)
 
 
 class Supervised(LightningModule):
@@ -193,8 +184,7 @@ class Supervised(LightningModule):
         check_classes(data, self.num_classes)
         check_precision(self.trainer)
         backbone = self.classifier.backbone
-        if isinstance(data, SourceDataModule):
-            data.fit_to(Needs.of(backbone))
+        fit_data(data, backbone)
         if stage == "fit" and self.distillation is not None:
             if isinstance(data, PackedDataModule) or backbone.image_size is None:
                 raise ValueError(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.experiments.test_resume import logged_losses, same_end
+from tests.experiments.test_resume import logged_losses, losses_on_one_and_two, same_end
 from tests.runs import EXPERIMENTS, last_checkpoint, only_run, patchlight
 
 # Two epochs of four steps; the last layer rests in the first.
@@ -49,18 +49,9 @@ def test_a_killed_run_resumes_bit_by_bit(tmp_path: Path, whole: Path) -> None:
     ("centering", "masked"), [("center", "{num_prototypes: 32}"), ("sinkhorn_knopp", "null")]
 )
 def test_two_processes_follow_one(tmp_path: Path, centering: str, masked: str) -> None:
-    runs = []
-    for devices in (1, 2):
-        directory = tmp_path / str(devices)
-        directory.mkdir()
-        share = [f"--trainer.devices={devices}", f"--data.init_args.batch_size={4 // devices}"]
-        share += ["--trainer.strategy=ddp"] * (devices == 2)
-        how = [f"--model.init_args.centering={centering}"]
-        how += [f"--model.init_args.masked_patches={masked}"]
-        done = patchlight("fit", *RUN, *share, *how, cwd=directory)
-        assert done.returncode == 0, done.stderr
-        runs.append(only_run(directory))
-    one, two = (logged_losses(run) for run in runs)
+    how = [f"--model.init_args.centering={centering}"]
+    how += [f"--model.init_args.masked_patches={masked}"]
+    one, two = losses_on_one_and_two(tmp_path, *RUN, *how)
     assert len(one) == 8
     assert len({round(loss, 3) for loss in one.values()}) > 4
     assert two == pytest.approx(one, abs=1e-5)

@@ -10,7 +10,7 @@ from PIL import Image
 from experiments.look import look
 from modules import LinearProbe, Supervised
 from tests.experiments.test_recipes import fit
-from tests.experiments.test_resume import logged_losses, same_end
+from tests.experiments.test_resume import logged_losses, losses_on_one_and_two, same_end
 from tests.runs import EXPERIMENTS, differences, last_checkpoint, only_run, patchlight
 
 # Two epochs of four steps.
@@ -50,16 +50,7 @@ def test_a_killed_run_resumes_bit_by_bit(tmp_path: Path, whole: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_follow_one(tmp_path: Path) -> None:
-    runs = []
-    for devices in (1, 2):
-        directory = tmp_path / str(devices)
-        directory.mkdir()
-        share = [f"--trainer.devices={devices}", f"--data.init_args.batch_size={4 // devices}"]
-        share += ["--trainer.strategy=ddp"] * (devices == 2)
-        done = patchlight("fit", *RUN, *share, cwd=directory)
-        assert done.returncode == 0, done.stderr
-        runs.append(only_run(directory))
-    one, two = (logged_losses(run) for run in runs)
+    one, two = losses_on_one_and_two(tmp_path, *RUN)
     assert len(one) == 8
     assert len({round(loss, 3) for loss in one.values()}) > 4
     assert two == pytest.approx(one, abs=1e-5)

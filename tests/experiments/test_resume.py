@@ -130,6 +130,20 @@ def logged_losses(run: Path) -> dict[int, float]:
     return dict(scalars)
 
 
+def losses_on_one_and_two(directory: Path, *arguments: str) -> list[dict[int, float]]:
+    """The losses of a run with batches of 4 on one process, and on two with 2 each."""
+    found = []
+    for devices in (1, 2):
+        place = directory / str(devices)
+        place.mkdir()
+        share = [f"--trainer.devices={devices}", f"--data.init_args.batch_size={4 // devices}"]
+        share += ["--trainer.strategy=ddp"] * (devices == 2)
+        done = patchlight("fit", *arguments, *share, cwd=place)
+        assert done.returncode == 0, done.stderr
+        found.append(logged_losses(only_run(place)))
+    return found
+
+
 @pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_starts_again(
     tmp_path: Path, uninterrupted: Path
