@@ -14,7 +14,7 @@ from datamodules.label_geometry import LabelGeometry, RandAugment, reach
 from datamodules.label_maps import LabelMaps, Rest
 from datamodules.module import IMAGENET_MEAN, IMAGENET_STD, Needs
 from datamodules.one_size import OneSizeDataModule, height_and_width
-from datamodules.sampling import Sample
+from datamodules.sampling import Sample, copy_key, run_seed
 from datamodules.sources import BadImageError, Example, Source
 from datamodules.unreadable import read_item
 
@@ -229,10 +229,20 @@ class TokenLabelDataModule(OneSizeDataModule):
             transposed=self.transposed_crop,
         )
 
+    def dataset(self) -> TokenLabelDataset:
+        return TokenLabelDataset(self.train_source, self.maps, self.rest, self.geometry())
+
     def train_dataloader(self) -> DataLoader[TokenLabelBatch]:
         """The loader of this rank, going on where the trainer's batch counter stands."""
-        dataset = TokenLabelDataset(self.train_source, self.maps, self.rest, self.geometry())
-        return self.loader(dataset, self.train_batches(), collate)
+        return self.loader(self.dataset(), self.train_batches(), collate)
+
+    def crops(self, count: int, device: torch.device) -> TokenLabelBatch:
+        """The first training images as they are seen in the first epoch, normalised; to look at."""
+        dataset, seed = self.dataset(), run_seed()
+        items = range(min(count, len(dataset)))
+        batch = collate([dataset[Sample(i, copy_key(seed, 0, i, 0))] for i in items])
+        here: TokenLabelBatch = self.transfer_batch_to_device(batch, device, 0)
+        return here._replace(images=normalize(here.images, self.mean, self.std))
 
     def on_after_batch_transfer(
         self, batch: TokenLabelBatch | ImageBatch, dataloader_idx: int

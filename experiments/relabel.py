@@ -29,7 +29,7 @@ from datamodules.published_maps import import_published
 from datamodules.sources import Source, open_source
 from experiments.subject import open_subject
 from modules.distillation import PRETRAINED, Distillation, load
-from modules.teachers import DenseBackbone, DenseTimm, Relabeling
+from modules.teachers import DenseTimm, Relabeling, dense
 from modules.weights import open_source as open_weights
 
 HEADS = ("aux_head", "head")  # the one that was trained on patches is meant, where there is one
@@ -70,12 +70,12 @@ def relabel(argv: Sequence[str]) -> int:
     if (given.teacher is None) == (given.published is None):
         raise ValueError("name a teacher (--teacher), or published maps to import (--import)")
     channels = 3
-    dense: nn.Module | None = None
+    teacher: nn.Module | None = None
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     side = (224, 224)
     if given.teacher is not None and not given.teacher.startswith("timm:"):
-        dense, mean, std, side, channels = teacher_of_ours(given)
+        teacher, mean, std, side, channels = teacher_of_ours(given)
     source, root = open_images(given, channels)
     num_classes = given.num_classes or len(source.class_names)
     if not num_classes:
@@ -84,18 +84,18 @@ def relabel(argv: Sequence[str]) -> int:
         how = (given.published, given.out, source, root, num_classes, given.shard_size)
         import_published(*how)
     else:
-        if dense is None:
-            dense, mean, std, side = timm_teacher(given, num_classes, channels)
+        if teacher is None:
+            teacher, mean, std, side = timm_teacher(given, num_classes, channels)
         size = side if given.image_size is None else as_size(given.image_size)
         about = About(
-            describe(given, size), classes_of(dense, size, channels), given.top, given.remainder
+            describe(given, size), classes_of(teacher, size, channels), given.top, given.remainder
         )
         begin(given.out, about)
         data = LabellingDataModule(
             *(source, root, given.out, about, size, given.interpolation),
             *(given.batch_size, given.shard_size, given.num_workers),
         )
-        predict(given, Relabeling(dense, mean, std, given.top, given.remainder), data)
+        predict(given, Relabeling(teacher, mean, std, given.top, given.remainder), data)
     maps = LabelMaps(given.out, source, root)
     maps.check_values()
     rows, columns = maps.largest()
@@ -178,6 +178,6 @@ def teacher_of_ours(
             f"{given.teacher} ({subject.network}) has no head that knows classes; take a network "
             f"that was trained on labels"
         )
-    dense = DenseBackbone(subject.backbone, state[f"{head}.weight"], state[f"{head}.bias"])
+    teacher = dense(subject.backbone, state[f"{head}.weight"], state[f"{head}.bias"])
     side = subject.backbone.image_size or (224, 224)
-    return dense, subject.mean, subject.std, side, subject.backbone.in_channels
+    return teacher, subject.mean, subject.std, side, subject.backbone.in_channels

@@ -6,6 +6,9 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from datamodules.images import ImageDataModule
+from datamodules.module import SourceDataModule
+from datamodules.token_labels import TokenLabelDataModule
 from modules.backbones import Backbone
 
 
@@ -78,6 +81,33 @@ def check_classes(data: Any, num_classes: int) -> None:
         rank_zero_warn(
             f"the data has {len(names)} classes, but model.num_classes is {num_classes}: some "
             f"outputs are never right"
+        )
+
+
+def check_token_labels(data: Any, num_classes: int, are_dense: bool) -> None:
+    """Refuse data without a class or a label map for what a method learns.
+
+    Args:
+        are_dense: whether every token needs a label.
+
+    Raises:
+        ValueError: maps of other classes, tokens without labels, views or packs of images.
+    """
+    if isinstance(data, TokenLabelDataModule):
+        if data.num_label_classes not in (None, num_classes):
+            raise ValueError(
+                f"the label maps in {data.labels} are of {data.num_label_classes} classes, but "
+                f"model.num_classes is {num_classes}; set it to {data.num_label_classes}"
+            )
+        if data.label_size == (1, 1) and are_dense:
+            raise ValueError(
+                "data.init_args.label_size is 1, which leaves tokens without labels; set "
+                "model.init_args.dense_weight to 0, or label_size to null"
+            )
+    elif isinstance(data, SourceDataModule) and not isinstance(data, ImageDataModule):
+        raise ValueError(
+            f"token labelling takes one view an image, of one size, which {type(data).__name__} "
+            f"does not give; use datamodules.TokenLabelDataModule, or ImageDataModule without maps"
         )
 
 

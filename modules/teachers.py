@@ -15,66 +15,77 @@ from torch import Tensor, nn
 
 from datamodules.augment import normalize
 from datamodules.labelling import LabellingBatch
-from modules.backbones import Backbone, Features
+from modules.backbones import Backbone, Features, Timm
+
+
+def cells_of(network: nn.Module, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """Every cell of a timm network's last features as features of an image of one cell, whose
+    pooling is the cell itself: [(b rows columns), ...]; and rows and columns.
+
+    Raises:
+        ValueError: a network whose features are no map and no tokens of a grid.
+    """
+    features: Tensor = network.forward_features(images)  # type: ignore[operator]
+    width, grid = network.num_features, None
+    if features.ndim == 4 and features.shape[1] == width:
+        grid = features.shape[2:]
+        cells = rearrange(features, "b d y x -> (b y x) d 1 1")
+    elif features.ndim == 4 and features.shape[3] == width:
+        grid = features.shape[1:3]
+        cells = rearrange(features, "b y x d -> (b y x) 1 1 d")
+    elif features.ndim == 3:
+        prefix: int = getattr(network, "num_prefix_tokens", 0)
+        grid = network.patch_embed.dynamic_feat_size(images.shape[2:])  # type: ignore[operator, union-attr]
+        cells = rearrange(features[:, prefix:], "b n d -> (b n) 1 d")
+        cells = cells.expand(-1, prefix + 1, -1)  # whichever token is read, it is this one
+    if grid is None or len(cells) != len(images) * grid[0] * grid[1]:
+        raise ValueError(
+            f"{type(network).__name__} gives features {list(features.shape)}, which are no map "
+            f"of cells; take another teacher"
+        )
+    return cells, (grid[0], grid[1])
 
 
 class DenseTimm(nn.Module):
     """A timm classifier that gives the logits of every cell, [b, k, rows, columns].
 
-    Its head sees every cell as an image of one cell, whose pooling is the cell itself.
-
-    Raises:
-        ValueError: a network whose features are no map and no tokens of a grid.
+    Args:
+        network: timm's.
+        head: a classifier of its pooled features in the place of its own.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, head: nn.Module | None = None) -> None:
         super().__init__()
-        self.network = network.eval().requires_grad_(False)
+        self.network, self.head = network, head
+        self.eval().requires_grad_(False)
 
     def forward(
         self, images: Float[Tensor, "b c height width"]
     ) -> Float[Tensor, "b k rows columns"]:
-        network, b = self.network, len(images)
-        features: Tensor = network.forward_features(images)  # type: ignore[operator]
-        width, grid = network.num_features, None
-        if features.ndim == 4 and features.shape[1] == width:
-            grid = features.shape[2:]
-            cells = rearrange(features, "b d y x -> (b y x) d 1 1")
-        elif features.ndim == 4 and features.shape[3] == width:
-            grid = features.shape[1:3]
-            cells = rearrange(features, "b y x d -> (b y x) 1 1 d")
-        elif features.ndim == 3:
-            prefix: int = getattr(network, "num_prefix_tokens", 0)
-            grid = network.patch_embed.dynamic_feat_size(images.shape[2:])  # type: ignore[operator, union-attr]
-            cells = rearrange(features[:, prefix:], "b n d -> (b n) 1 d")
-            cells = cells.expand(-1, prefix + 1, -1)  # whichever token is read, it is this one
-        if grid is None or len(cells) != b * grid[0] * grid[1]:
-            raise ValueError(
-                f"{type(network).__name__} gives features {list(features.shape)}, which are no map "
-                f"of cells; take another teacher"
-            )
-        logits: Tensor = network.forward_head(cells)  # type: ignore[operator]
-        return rearrange(logits, "(b y x) k -> b k y x", y=grid[0], x=grid[1])
+        cells, (rows, columns) = cells_of(self.network, images)
+        own = self.head is None
+        logits: Tensor = self.network.forward_head(cells, pre_logits=not own)  # type: ignore[operator]
+        if self.head is not None:
+            logits = self.head(logits)
+        return rearrange(logits, "(b y x) k -> b k y x", y=rows, x=columns)
 
 
 class DenseBackbone(nn.Module):
-    """The same of a backbone of ours and the head that was trained on its pooled features, or on
-    its patches.
+    """The same of a ViT of ours and the head that was trained on its pooled features, or on its
+    patches.
 
     Raises:
         ValueError: a backbone that pools by attention, which no patch alone stands for.
     """
 
-    def __init__(self, backbone: Backbone, weight: Tensor, bias: Tensor) -> None:
+    def __init__(self, backbone: Backbone, head: nn.Module) -> None:
         super().__init__()
         if hasattr(backbone, "attn_pool"):
             raise ValueError(
                 "this teacher pools by attention, and its head knows nothing of single patches; "
                 "take one with class token or average pooling"
             )
-        self.backbone = backbone
-        self.head = nn.Linear(weight.shape[1], weight.shape[0])
-        self.head.load_state_dict({"weight": weight, "bias": bias})
+        self.backbone, self.head = backbone, head
         self.eval().requires_grad_(False)
 
     def forward(
@@ -86,6 +97,19 @@ class DenseBackbone(nn.Module):
         norm: nn.Module = getattr(self.backbone, "fc_norm", nn.Identity())
         scores: Tensor = self.head(norm(features.patches))
         return rearrange(scores, "b (y x) k -> b k y x", y=rows, x=columns)
+
+
+def dense(backbone: Backbone, weight: Tensor, bias: Tensor) -> nn.Module:
+    """A backbone and a linear head of its pooled features, cell by cell.
+
+    Raises:
+        ValueError: see `DenseBackbone`.
+    """
+    head = nn.Linear(weight.shape[1], weight.shape[0])
+    head.load_state_dict({"weight": weight, "bias": bias})
+    if isinstance(backbone, Timm):
+        return DenseTimm(backbone.model, head)
+    return DenseBackbone(backbone, head)
 
 
 class Scores(NamedTuple):

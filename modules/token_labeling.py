@@ -33,22 +33,33 @@ from callbacks.ema import EMA, Average
 from callbacks.tally import Tally
 from datamodules.augment import TOKENS, edges, inside, uniforms
 from datamodules.batch import ImageBatch, TokenLabelBatch
-from datamodules.module import Needs, SourceDataModule
-from datamodules.packed import PackedDataModule
+from datamodules.module import SourceDataModule
+from datamodules.token_labels import TokenLabelDataModule
 from modules import optim
 from modules.backbones import Backbone, Features, Swapped
-from modules.checks import check_classes, check_precision
+from modules.checks import (
+    check_at_least,
+    check_classes,
+    check_precision,
+    check_token_labels,
+    check_weights,
+)
 from modules.drawing import pictures_of
-from modules.losses import soft_cross_entropy, soft_targets
-from modules.networks import embed
+from modules.losses import soft_cross_entropy
+from modules.networks import AroundBackbone, embed, fit_data
 from modules.optim import Optimization
 from modules.scores import add_scores, log_scores
-from modules.token_loss import label_targets, softmax_targets, token_cross_entropy
+from modules.token_loss import (
+    class_targets,
+    label_targets,
+    softmax_targets,
+    token_cross_entropy,
+)
+from modules.token_pictures import token_labels
 from modules.weights import load as load_weights
 from modules.weights import load_backbone
 
 Images = Float[Tensor, "b c height width"]
-AGREE, DIFFER = 0.5, 0.9  # the teacher's share beside the ground truth, as published
 
 
 class Boxes(NamedTuple):
@@ -86,7 +97,7 @@ def draw_boxes(
     return Boxes(box, partner, 1 - box.float().mean(dim=1))
 
 
-class TokenClassifier(nn.Module):
+class TokenClassifier(AroundBackbone):
     """A backbone with a head for the image and one for all tokens, under the published names."""
 
     def __init__(self, backbone: Backbone, num_classes: int, has_aux_head: bool) -> None:
@@ -105,33 +116,6 @@ class TokenClassifier(nn.Module):
             return logits
         best: Tensor = self.aux_head(features.patches).amax(dim=1)
         return logits + 0.5 * best
-
-    @property
-    def num_layers(self) -> int:
-        return self.backbone.num_layers
-
-    def layer_of(self, name: str) -> int:
-        """The layer of a parameter, for layer decay; the heads come after the last block."""
-        inner = name.removeprefix("backbone.")
-        return self.num_layers + 1 if inner == name else self.backbone.layer_of(inner)
-
-
-def beside(teacher: Float[Tensor, "b k"], labels: Float[Tensor, "b k"]) -> Float[Tensor, "b k"]:
-    """The teacher's targets with the ground truth having a part in them."""
-    agrees = teacher.argmax(dim=-1, keepdim=True) == labels.argmax(dim=-1, keepdim=True)
-    return torch.lerp(labels, teacher, torch.where(agrees, AGREE, DIFFER))
-
-
-def class_targets(
-    batch: TokenLabelBatch | ImageBatch, num_classes: int, smoothing: float, ground_truth: bool
-) -> Float[Tensor, "b k"]:
-    """The target of each image before tokens are mixed."""
-    if isinstance(batch, ImageBatch):
-        return soft_targets(batch, num_classes, smoothing)
-    targets = batch.pooled.float().softmax(dim=-1)
-    if ground_truth:
-        targets = beside(targets, F.one_hot(batch.labels, num_classes).float())
-    return targets * (1 - smoothing) + smoothing / num_classes
 
 
 class TokenLabeling(LightningModule):
@@ -181,12 +165,10 @@ class TokenLabeling(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)  # the run's config.yaml has them
-        if num_classes < 1:
-            raise ValueError(f"num_classes is {num_classes}; expected at least 1")
+        check_at_least(1, num_classes=num_classes)
+        check_at_least(0, dense_weight=dense_weight)
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing is {label_smoothing}; expected within [0, 1)")
-        if dense_weight < 0:
-            raise ValueError(f"dense_weight is {dense_weight}; expected at least 0")
         if ema_decay is not None and not 0.0 <= ema_decay < 1.0:
             raise ValueError(f"ema_decay is {ema_decay}; expected within [0, 1), or null")
         if mix_tokens is not None and not backbone.takes_masks:
@@ -194,8 +176,7 @@ class TokenLabeling(LightningModule):
                 f"mix_tokens puts patches of one image into another, which "
                 f"{type(backbone).__name__} cannot; set mix_tokens to null"
             )
-        if weights is None and (weights_part is not None or weights_drop):
-            raise ValueError("weights_part and weights_drop are about weights, which is not set")
+        check_weights(weights, weights_part, weights_drop)
         self.num_classes, self.optimization, self.ema_decay = num_classes, optimizer, ema_decay
         self.dense_weight, self.mix_tokens = dense_weight, mix_tokens
         self.ground_truth, self.label_smoothing = ground_truth, label_smoothing
@@ -211,27 +192,14 @@ class TokenLabeling(LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         check_classes(data, self.num_classes)
         check_precision(self.trainer)
-        if isinstance(data, PackedDataModule):
-            raise ValueError("token labels are for images of one size; use TokenLabelDataModule")
-        known = getattr(data, "num_label_classes", None)
-        if known not in (None, self.num_classes):
+        check_token_labels(data, self.num_classes, self.dense_weight > 0)
+        fit_data(data, self.classifier.backbone)
+        size = getattr(data, "batch_size", 0)
+        if self.mix_tokens == "pair" and size % 2:
             raise ValueError(
-                f"the label maps in {data.labels} are of {known} classes, but "  # type: ignore[union-attr]
-                f"model.num_classes is {self.num_classes}; set it to {known}"
+                f"data.init_args.batch_size is {size}; expected an even number, as mix_tokens "
+                f"mixes pairs"
             )
-        if isinstance(data, SourceDataModule):
-            data.fit_to(Needs.of(self.classifier.backbone))
-            if known is not None and data.label_size == (1, 1) and self.dense_weight > 0:  # type: ignore[attr-defined]
-                raise ValueError(
-                    "data.init_args.label_size is 1, which leaves tokens without labels; set "
-                    "model.init_args.dense_weight to 0, or label_size to null"
-                )
-            size = getattr(data, "batch_size", 0)
-            if self.mix_tokens == "pair" and size % 2:
-                raise ValueError(
-                    f"data.init_args.batch_size is {size}; expected an even number, as "
-                    f"mix_tokens mixes pairs"
-                )
 
     def on_fit_start(self) -> None:
         if self.weights is None or self.trainer.ckpt_path is not None:
@@ -266,9 +234,16 @@ class TokenLabeling(LightningModule):
     def pictures(
         self, images: Float[Tensor, "b c height width"]
     ) -> dict[str, Float[Tensor, "3 rows columns"]]:
-        """What `modules.drawing.pictures_of` draws of the network that is trained."""
+        """Token labels over crops, and what `modules.drawing.pictures_of` draws of the backbone."""
         data: SourceDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
-        return pictures_of(self.classifier.backbone, images, data.mean, data.std)
+        drawn = pictures_of(self.classifier.backbone, images, data.mean, data.std)
+        if isinstance(data, TokenLabelDataModule) and self.classifier.aux_head is not None:
+            crops = data.crops(len(images), self.device)
+            features: Features = self.classifier.backbone(crops.images)
+            drawn["token_labels"] = token_labels(
+                crops, self.classifier.aux_head(features.patches), features.grid, data
+            )
+        return drawn
 
     def training_step(
         self, batch: TokenLabelBatch | ImageBatch, batch_idx: int
@@ -335,21 +310,10 @@ class TokenLabeling(LightningModule):
         self.lr = optim.learning_rate(self.optimization, self.trainer)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        step = self.trainer.global_step
-        lr = self.lr.at(step)
-        optim.set_lr(self.trainer.optimizers[0], lr)
-        how = (self.optimization, step, self.lr.total)
-        optim.set_weight_decay(self.trainer.optimizers[0], *how)
+        lr, _ = optim.follow(self.optimization, self.lr, self.trainer)
         self.log("schedule/lr", lr, batch_size=1)
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        if gradient_clip_val is not None:
-            raise ValueError("set optimizer.clip_norm of the model, not trainer.gradient_clip_val")
+    def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
         optim.clip(self.optimization, self.classifier.parameters())
 
     def averages(self, step: int) -> Sequence[Average]:

@@ -1,4 +1,4 @@
-"""Cross-entropy of tokens against sparse targets, without a target for every class.
+"""Targets of images and tokens out of a teacher's scores, and cross-entropy without dense ones.
 
 A softmax over m scores and k - m equal ones is a constant and m terms, so that
 
@@ -10,13 +10,34 @@ needs one logsumexp, one sum and one gather of the logits.
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from datamodules.batch import ImageBatch, SparseScores
+from datamodules.batch import ImageBatch, SparseScores, TokenLabelBatch
+from modules.losses import soft_targets
 
+AGREE, DIFFER = 0.5, 0.9  # the teacher's share beside the ground truth, as published
 PIECE = 1 << 19  # logits that are worked on at once
+
+
+def beside(teacher: Float[Tensor, "b k"], labels: Float[Tensor, "b k"]) -> Float[Tensor, "b k"]:
+    """The teacher's targets with the ground truth having a part in them."""
+    agrees = teacher.argmax(dim=-1, keepdim=True) == labels.argmax(dim=-1, keepdim=True)
+    return torch.lerp(labels, teacher, torch.where(agrees, AGREE, DIFFER))
+
+
+def class_targets(
+    batch: TokenLabelBatch | ImageBatch, num_classes: int, smoothing: float, ground_truth: bool
+) -> Float[Tensor, "b k"]:
+    """The target of each image before tokens are mixed."""
+    if isinstance(batch, ImageBatch):
+        return soft_targets(batch, num_classes, smoothing)
+    targets = batch.pooled.float().softmax(dim=-1)
+    if ground_truth:
+        targets = beside(targets, F.one_hot(batch.labels, num_classes).float())
+    return targets * (1 - smoothing) + smoothing / num_classes
 
 
 class SparseTargets(NamedTuple):

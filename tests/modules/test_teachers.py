@@ -4,9 +4,9 @@ import pytest
 import timm
 import torch
 
-from modules.backbones import LVViT, ViT
+from modules.backbones import LVViT, Timm, ViT
 from modules.supervised import Classifier
-from modules.teachers import DenseBackbone, DenseTimm, keep_best
+from modules.teachers import DenseTimm, dense, keep_best
 
 # Networks that average cells just before a linear classifier, and what comes between in others
 LINEAR = ["test_resnet.r160_in1k", "test_efficientnet.r160_in1k"]
@@ -53,7 +53,7 @@ def test_backbones_of_ours(pooling: str) -> None:
     vit = ViT("mu", 8, (16, 24), pooling=pooling)  # type: ignore[arg-type]
     classifier = Classifier(vit, 5).eval()
     torch.nn.init.normal_(classifier.head.bias)
-    teacher = DenseBackbone(vit, classifier.head.weight, classifier.head.bias)
+    teacher = dense(vit, classifier.head.weight, classifier.head.bias)
     images = torch.randn(2, 3, 16, 24)
     scores = teacher(images)
     assert scores.shape == (2, 5, 2, 3)
@@ -64,11 +64,30 @@ def test_backbones_of_ours(pooling: str) -> None:
     torch.testing.assert_close(scores[:, :, 1, 1], classifier.head(patch), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["test_resnet.r160_in1k", "test_convnext.r160_in1k"])
+def test_timm_networks_under_a_head_of_ours(name: str) -> None:
+    """What timm does between pooling and classifier (ConvNeXt's norm) is done to every cell."""
+    torch.manual_seed(0)
+    classifier = Classifier(Timm(name, (64, 96)), 5).eval()
+    for parameter in classifier.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    teacher = dense(classifier.backbone, classifier.head.weight, classifier.head.bias)
+    images = torch.randn(2, 3, 64, 96)
+    scores = teacher(images)
+    assert scores.shape == (2, 5, 2, 3)
+    if "resnet" in name:
+        torch.testing.assert_close(scores.mean((2, 3)), classifier(images), atol=1e-5, rtol=1e-5)
+    model = classifier.backbone.model
+    cell = model.forward_features(images)[:, :, 1:, 1:2]
+    expected = classifier.head(model.forward_head(cell, pre_logits=True))
+    torch.testing.assert_close(scores[:, :, 1, 1], expected, atol=1e-5, rtol=1e-5)
+
+
 def test_attention_pooling_is_refused() -> None:
     vit = ViT("mu", 8, 16, pooling="map")
     with pytest.raises(ValueError, match="this teacher pools by attention"):
-        DenseBackbone(vit, torch.zeros(5, 32), torch.zeros(5))
-    teacher = DenseBackbone(LVViT("mu", 8, 16), torch.zeros(5, 32), torch.zeros(5))
+        dense(vit, torch.zeros(5, 32), torch.zeros(5))
+    teacher = dense(LVViT("mu", 8, 16), torch.zeros(5, 32), torch.zeros(5))
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 

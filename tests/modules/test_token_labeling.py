@@ -22,8 +22,10 @@ from datamodules.sources import open_source
 from modules import TokenLabeling, weights
 from modules.backbones import LVViT, Swapped, ViT
 from modules.optim import Optimization
-from modules.token_labeling import TokenClassifier, beside, class_targets, draw_boxes
+from modules.token_labeling import TokenClassifier, draw_boxes
 from modules.token_loss import (
+    beside,
+    class_targets,
     label_targets,
     softmax_targets,
     token_cross_entropy,
