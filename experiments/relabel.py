@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from torch import nn
 
@@ -96,6 +97,8 @@ def relabel(argv: Sequence[str]) -> int:
             *(given.batch_size, given.shard_size, given.num_workers),
         )
         predict(given, Relabeling(teacher, mean, std, given.top, given.remainder), data)
+    if rank_zero_only.rank != 0:
+        return 0
     maps = LabelMaps(given.out, source, root)
     maps.check_values()
     rows, columns = maps.largest()

@@ -6,15 +6,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from experiments.checkpoints import inspect
+from experiments.subject import open_subject
 from modules import weights
 from modules.backbones import Backbone, LVViT, Swapped, create
+from modules.token_labeling import TokenClassifier
 from modules.weights.inspect import describe
 from tests.packs import pack
 
 GOLDEN = load_file(Path(__file__).parents[2] / "golden" / "lvvit.safetensors")
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 SMALL: dict[str, Any] = {"image_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 3}
 # variant, pixels, parameters with both heads of 1000 classes
 COUNTS = [
@@ -174,8 +179,37 @@ def test_timm_has_no_such_network() -> None:
         weights.to_timm(LVViT("mu", image_size=32))
 
 
-def test_its_files_are_known_by_their_names() -> None:
-    described = describe({n.removeprefix("weights."): t for n, t in GOLDEN.items() if "." in n})
-    assert described.writer == "LV-ViT"
-    assert described.num_classes == 10
-    assert described.backbone is None  # no plain ViT, which its last convolution looks like
+def test_what_inspect_says_of_its_files_loads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = {n.removeprefix("weights."): t for n, t in GOLDEN.items() if n.startswith("weights.")}
+    torch.save(state, tmp_path / "lvvit.pth")
+    described = describe(state)
+    assert (described.writer, described.num_classes, described.others) == ("LV-ViT", 10, ())
+    assert inspect([str(tmp_path / "lvvit.pth")]) == 0
+    said = capsys.readouterr().out
+    model = yaml.safe_load(said.split("fill in:\n")[1])["model"]
+    assert model["class_path"] == "modules.TokenLabeling"
+    assert "weights_drop" not in model["init_args"]
+    backbone = model["init_args"]["backbone"]
+    assert backbone["class_path"] == "modules.backbones.LVViT"
+    untold = {"num_heads": 3, "residual_scale": 2.0}  # shapes do not tell
+    assert {name: backbone["init_args"].pop(name) for name in untold} == dict.fromkeys(untold, "?")
+    network = TokenClassifier(LVViT(**backbone["init_args"], **untold), 10, has_aux_head=True)
+    weights.load(network, tmp_path / "lvvit.pth")
+    torch.testing.assert_close(network.eval()(GOLDEN["in"]), GOLDEN["out.eval"], **CLOSE)
+
+
+def test_sizes_and_files_of_others_are_told(tmp_path: Path) -> None:
+    for variant, image in (("S", 224), ("L", 288)):
+        with torch.device("meta"):
+            shapes = {n: t.shape for n, t in LVViT(variant, image_size=image).state_dict().items()}
+        state = {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}
+        told = describe(state).backbone
+        assert told is not None
+        assert told["variant"] == variant
+        assert told.get("image_size", 224) == image
+    torch.save(LVViT("mu", 8, 32).state_dict(), tmp_path / "mu.pth")
+    assert isinstance(open_subject(str(tmp_path / "mu.pth"), None, None).backbone, LVViT)
+    broken = {name: tensor for name, tensor in state.items() if "norm2" not in name}
+    assert describe(broken).backbone is None
