@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import seed_everything
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from callbacks import Pictures
 from datamodules import ImageDataModule, TokenLabelDataModule
 from datamodules.augment import Mixing
 from datamodules.batch import ImageBatch, SparseScores, TokenLabelBatch
@@ -30,6 +32,7 @@ from modules.token_loss import (
     softmax_targets,
     token_cross_entropy,
 )
+from modules.token_pictures import best_scored, colour_of, over
 from tests import small
 from tests.label_maps import write_maps
 from tests.runs import differences
@@ -320,7 +323,9 @@ def data(labels: Path, **changes: Any) -> TokenLabelDataModule:
 
 def fit(directory: Path, module: TokenLabeling, given: Any, **options: Any) -> TokenLabeling:
     path = options.pop("ckpt_path", None)
-    trainer = small.trainer(directory, **{"max_epochs": 2, "limit_train_batches": 5} | options)
+    callbacks = options.pop("callbacks", [])
+    how = {"max_epochs": 2, "limit_train_batches": 5} | options
+    trainer = small.trainer(directory, *callbacks, **how)
     trainer.fit(module, given, ckpt_path=path, weights_only=True)
     module.metrics = dict(trainer.logged_metrics)  # type: ignore[assignment]
     return module
@@ -402,6 +407,31 @@ def test_weights_begin_both_networks(maps: Path, tmp_path: Path) -> None:
     parameters = dict(second.classifier.named_parameters())
     for name, parameter in first.classifier.named_parameters():
         torch.testing.assert_close(parameters[name], parameter)
+
+
+def test_pictures_show_labels_over_the_crops_they_are_of(maps: Path, tmp_path: Path) -> None:
+    """Tokens of the written maps are sure of the image's class; the picture has its colour."""
+    given = data(maps, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0)
+    module = fit(tmp_path, method(), given, max_steps=1, callbacks=[Pictures(num_images=3)])
+    events = EventAccumulator(module.trainer.log_dir, size_guidance={"images": 0}).Reload()
+    assert "pictures/token_labels" in events.Tags()["images"]
+    with torch.no_grad():
+        drawn = module.eval().pictures(torch.zeros(3, 3, 32, 32))["token_labels"]
+    assert drawn.min() >= 0
+    assert drawn.max() <= 1
+    again = given.crops(3, torch.device("cpu"))
+    assert again.indices.tolist() == [0, 1, 2]  # the classes of scenes take turns
+    assert torch.equal(again.images, given.crops(3, torch.device("cpu")).images)
+    best = best_scored(again.tokens, 10)
+    assert (best.classes == torch.arange(3)[:, None]).all()
+    assert (best.share > 0.5).all()
+    written = written_out(again.tokens, 10).softmax(-1).max(-1)
+    torch.testing.assert_close(best.share, written.values)
+    tiles = over(torch.full((3, 3, 64, 64), 0.5), best, (4, 4))
+    for tile, number in zip(tiles, range(3), strict=True):
+        colour = torch.tensor(colour_of(number))
+        towards = (tile.mean((1, 2)) - 0.5) * (colour - 0.5)
+        assert (towards > 0).all()
 
 
 class NoMasks(ViT):
