@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from torch import Tensor
 
-from datamodules.label_maps import Labelled, name_of, stamp_of, write_shard
+from datamodules.label_shards import Labelled, name_of, stamp_of, write_shard
 from datamodules.labelling import LabellingBatch, LabellingDataModule
 from datamodules.progress import Bar
 
@@ -62,8 +62,9 @@ class ScoreMaps(Callback):
             scores, ids, remainder = (None if x is None else x[i][rows, rows] for x in found)
             assert scores is not None
             assert ids is not None
-            name, stamp = name_of(data.images, index, data.root), stamp_of(data.images, index)
-            number = index // data.shard_size
+            number, place = divmod(index, data.shard_size)
+            stamp = stamp_of(data.images, index, is_first=place == 0)
+            name = name_of(data.images, index, data.root)
             maps = self.maps.setdefault(number, [])
             maps.append(Labelled(name, stamp, scores, ids, remainder))
             if len(maps) == len(data.rows(number)):

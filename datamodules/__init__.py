@@ -7,7 +7,7 @@
 
 and what they are made of: `sources`, `sizes`, `sampling`, `one_size`, `geometry`, `views`,
 `photometric`, `augment`, `packing`, `rows`, `batch`, `label_geometry`, `label_maps`,
-`published_maps`.
+`label_shards`, `published_maps`.
 """
 
 from datamodules.images import ImageDataModule

@@ -1,252 +1,14 @@
-"""Label maps on disk: shards of many images, written atomically, read image by image.
+"""The label maps of a source's images, out of the shards of a directory (`label_shards`)."""
 
-A directory has `maps.json`, which says what all its maps have in common (`About`), and shards
-`maps-00000.safetensors`, ... A shard holds, for its n images with c cells in all:
-
-    scores    float16 [c, k]  the k highest scores of each cell, before softmax
-    ids       int32 [c, k]    their classes
-    remainder float16 [c]     log of the sum of exp(score) over all other classes; may be absent
-    grids     int32 [n, 2]    rows and columns of each map; 0 for an image that could not be read
-    stamps    int64 [n]       when the image's file was last changed, in ns; -1 without a file
-    names     uint8           the images' names one after another, UTF-8, each ended by a line feed
-
-Cells stand row by row, image after image. A shard is written under another name and then renamed,
-so one that is there is whole.
-"""
-
-import json
-import os
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from datamodules.label_geometry import LabelMap
+from datamodules.label_shards import About, Rest, Shard, name_of, read_about, stamp_of
 from datamodules.progress import Bar
 from datamodules.sources import Source
-
-ABOUT = "maps.json"
-PARTS = {
-    "scores": ("F16", 2),
-    "ids": ("I32", 2),
-    "grids": ("I32", 2),
-    "stamps": ("I64", 1),
-    "names": ("U8", 1),
-}
-Rest = Literal["zeros", "teacher"]
-AGAIN = "delete it and run `patchlight relabel` again, which makes what is missing"
-
-
-@dataclass(frozen=True)
-class About:
-    """What all maps of a directory have in common.
-
-    teacher:     whose scores they are, in words
-    num_classes: classes that it knows
-    top_k:       of which each cell keeps so many
-    remainder:   the others' share is kept as well
-    """
-
-    teacher: str
-    num_classes: int
-    top_k: int
-    remainder: bool
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.top_k <= self.num_classes:
-            raise ValueError(
-                f"top_k is {self.top_k}; expected 1 to {self.num_classes}, the number of classes"
-            )
-
-
-class Labelled(NamedTuple):
-    """The map of one image, as it is stored.
-
-    name:      see `name_of`
-    stamp:     see `stamp_of`
-    scores:    float16 [rows, columns, k]
-    ids:       int32 [rows, columns, k]
-    remainder: float16 [rows, columns], or None
-    """
-
-    name: str
-    stamp: int
-    scores: Tensor
-    ids: Tensor
-    remainder: Tensor | None
-
-
-def name_of(source: Source, index: int, root: str | None) -> str:
-    """The path of an image below the root, so that a data set may be moved."""
-    name = source.describe(index)
-    if root is not None:
-        start = os.path.join(os.path.abspath(os.path.expanduser(root)), "")
-        name = name.removeprefix(start)
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def stamp_of(source: Source, index: int) -> int:
-    """When the file of an image was last changed, in ns; -1 where it has none."""
-    try:
-        return os.stat(source.describe(index)).st_mtime_ns
-    except OSError:
-        return -1
-
-
-def replace_file(path: Path, write: Any) -> None:
-    """Write under another name, then rename: at no time is there half a file."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def shard_path(directory: Path, number: int) -> Path:
-    return directory / f"maps-{number:05d}.safetensors"
-
-
-def write_shard(directory: Path, number: int, maps: Sequence[Labelled]) -> None:
-    """Write one shard, in the place of one of that number."""
-    grids = [tuple(one.scores.shape[:2]) for one in maps]
-    remainders = [one.remainder for one in maps if one.remainder is not None]
-    assert len(remainders) in (0, len(maps))
-    tensors = {
-        "scores": torch.cat([one.scores.half().flatten(0, 1) for one in maps]),
-        "ids": torch.cat([one.ids.int().flatten(0, 1) for one in maps]),
-        "grids": torch.tensor(grids, dtype=torch.int32),
-        "stamps": torch.tensor([one.stamp for one in maps]),
-        "names": torch.frombuffer(bytearray(joined([m.name for m in maps])), dtype=torch.uint8),
-    }
-    if remainders:
-        tensors["remainder"] = torch.cat([one.half().flatten() for one in remainders])
-    replace_file(shard_path(directory, number), lambda path: save_file(tensors, path))
-
-
-def joined(names: Sequence[str]) -> bytes:
-    return "".join(f"{name.replace(chr(10), chr(92) + 'n')}\n" for name in names).encode()
-
-
-def begin(directory: Path, about: About) -> None:
-    """Make the directory, or go on in one that was begun alike.
-
-    Raises:
-        ValueError: one that holds maps of another teacher or other options.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    if (directory / ABOUT).exists():
-        before = read_about(directory)
-        for field in fields(About):
-            old, new = (getattr(each, field.name) for each in (before, about))
-            if old != new:
-                raise ValueError(
-                    f"{directory} holds maps with {field.name} {old!r}, now it is {new!r}; name "
-                    f"another directory, or delete this one"
-                )
-        return
-    text = json.dumps(asdict(about), indent=1) + "\n"
-    replace_file(directory / ABOUT, lambda path: path.write_text(text, encoding="utf-8"))
-
-
-def read_about(directory: Path) -> About:
-    """What the maps of a directory have in common.
-
-    Raises:
-        ValueError: no directory of maps.
-    """
-    path = directory / ABOUT
-    try:
-        return About(**json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise ValueError(
-            f"{directory} holds no label maps (no {ABOUT}); make them with `patchlight relabel`"
-        ) from None
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); {AGAIN}") from error
-
-
-class Shard:
-    """A shard that is there: what is small of it in memory, the rest mapped.
-
-    Raises:
-        ValueError: a damaged file, or maps of another kind than `about`.
-    """
-
-    def __init__(self, path: Path, about: About) -> None:
-        self.path, self.about = path, about
-        self.file: Any = None
-        try:
-            file = self.opened()
-            self.check(file)
-            grids = file.get_tensor("grids").numpy().astype(np.int64)
-            self.stamps = file.get_tensor("stamps").numpy()
-            self.names = file.get_tensor("names").numpy().tobytes().decode().split("\n")[:-1]
-            self.grids, self.ends = grids, np.concatenate(([0], grids.prod(axis=1).cumsum()))
-            cells = file.get_slice("scores").get_shape()[0]
-            if not len(self.names) == len(self.stamps) == len(grids) or self.ends[-1] != cells:
-                raise ValueError("its parts are of different length")
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ValueError(f"{path} is damaged ({error}); {AGAIN}") from error
-
-    def check(self, file: Any) -> None:
-        parts = PARTS | ({"remainder": ("F16", 1)} if self.about.remainder else {})
-        for name, (kind, axes) in parts.items():
-            part = file.get_slice(name)
-            if part.get_dtype() != kind or len(part.get_shape()) != axes:
-                raise ValueError(f"{name} is {part.get_dtype()} {part.get_shape()}")
-        for name in ("scores", "ids"):
-            if (k := file.get_slice(name).get_shape()[1]) != self.about.top_k:
-                raise ValueError(f"{name} has {k} classes a cell; {ABOUT} says {self.about.top_k}")
-
-    def opened(self) -> Any:
-        if self.file is None:
-            self.file = safe_open(self.path, "pt")
-        return self.file
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"file": None}  # every process maps it anew
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def read(self, row: int, rest: Rest) -> LabelMap:
-        start, end = int(self.ends[row]), int(self.ends[row + 1])
-        file, grid = self.opened(), tuple(self.grids[row].tolist())
-        scores, ids = (file.get_slice(name)[start:end] for name in ("scores", "ids"))
-        others = np.zeros(grid, dtype=np.float32)
-        left = self.about.num_classes - self.about.top_k
-        if rest == "teacher" and left:
-            remainder = file.get_slice("remainder")[start:end].float().numpy()
-            others = remainder.reshape(grid) - np.float32(np.log(left))
-        shape = (*grid, self.about.top_k)
-        return LabelMap(scores.float().numpy().reshape(shape), ids.numpy().reshape(shape), others)
-
-    def check_values(self) -> None:
-        """Read all of it.
-
-        Raises:
-            ValueError: scores that are no numbers, classes that do not exist; names the image.
-        """
-        file = self.opened()
-        ids = file.get_tensor("ids")
-        is_good = ((ids >= 0) & (ids < self.about.num_classes)).all(dim=1)
-        is_good &= file.get_tensor("scores").isfinite().all(dim=1)
-        if self.about.remainder:
-            is_good &= file.get_tensor("remainder").isfinite()
-        if not bool(is_good.all()):
-            cell = int((~is_good).nonzero()[0])
-            row = int(np.searchsorted(self.ends, cell, side="right")) - 1
-            raise ValueError(
-                f"{self.path}: the map of {self.names[row]} has scores that are no numbers, or "
-                f"classes outside 0 to {self.about.num_classes - 1}; {AGAIN}"
-            )
 
 
 def shards_in(directory: Path, about: About) -> Iterator[Shard]:
@@ -263,7 +25,8 @@ class LabelMaps:
         check_dates: refuse maps of images whose file was changed after they were made.
 
     Raises:
-        ValueError: a missing map, one older than its image, a damaged file; names it.
+        ValueError: a missing map, one older than its image or of another one, a damaged file;
+            names it.
     """
 
     def __init__(
@@ -275,7 +38,7 @@ class LabelMaps:
         self.firsts = np.concatenate(([0], np.cumsum(sizes, dtype=np.int64)))
         names = (name for shard in self.shards for name in shard.names)
         known = {name: place for place, name in enumerate(names)}
-        self.places = np.empty(len(source), dtype=np.int64)
+        self.places, is_same = np.empty(len(source), dtype=np.int64), False
         for index in range(len(source)):
             name = name_of(source, index, root)
             place = known.get(name)
@@ -285,15 +48,21 @@ class LabelMaps:
                     f"same data and --out {directory}, which makes what is missing"
                 )
             self.places[index] = place
-            if check_dates:
-                shard, row = self.find(index)
-                if stamp_of(source, index) > shard.stamps[row] >= 0:
+            shard, row = self.find(index)
+            if not is_same and shard.stamps[row] < -1:
+                is_same = stamp_of(source, index, is_first=True) == shard.stamps[row]
+                if not is_same:
                     raise ValueError(
-                        f"{source.describe(index)} was changed after its label map in "
-                        f"{shard.path} was made; run `patchlight relabel` again, which renews "
-                        f"such maps, or set data.init_args.check_dates to false where only the "
-                        f"dates changed"
+                        f"{source.describe(index)} is not the image that its label map in "
+                        f"{shard.path} was made of; run `patchlight relabel` with the options of "
+                        f"the data here (--source-args) and another --out"
                     )
+            if check_dates and stamp_of(source, index) > shard.stamps[row] >= 0:
+                raise ValueError(
+                    f"{source.describe(index)} was changed after its label map in {shard.path} was "
+                    f"made; run `patchlight relabel` again, which renews such maps, or set "
+                    f"data.init_args.check_dates to false where only the dates changed"
+                )
 
     def find(self, index: int) -> tuple[Shard, int]:
         place = int(self.places[index])

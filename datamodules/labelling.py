@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from datamodules.geometry import Box, Interpolation, crop_and_resize
-from datamodules.label_maps import About, Shard, name_of, shard_path, stamp_of
+from datamodules.label_shards import About, Shard, name_of, shard_path, stamp_of
 from datamodules.sources import BadImageError, Source
 
 
@@ -124,7 +124,7 @@ class LabellingDataModule(LightningDataModule):
         except ValueError:  # damaged: made anew
             return False
         rows = self.rows(number)
-        stamps = [stamp_of(self.images, i) for i in rows]
+        stamps = [stamp_of(self.images, i, i == rows.start) for i in rows]
         names = [name_of(self.images, i, self.root) for i in rows]
         return shard.names == names and bool(np.array_equal(shard.stamps, stamps))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from datamodules.label_maps import (
+from datamodules.label_shards import (
     About,
     Labelled,
     begin,

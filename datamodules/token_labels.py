@@ -11,7 +11,8 @@ from datamodules.augment import erase, normalize
 from datamodules.batch import ImageBatch, SparseScores, TokenLabelBatch
 from datamodules.geometry import Interpolation
 from datamodules.label_geometry import LabelGeometry, RandAugment, reach
-from datamodules.label_maps import LabelMaps, Rest
+from datamodules.label_maps import LabelMaps
+from datamodules.label_shards import Rest
 from datamodules.module import IMAGENET_MEAN, IMAGENET_STD, Needs
 from datamodules.one_size import OneSizeDataModule, height_and_width
 from datamodules.sampling import Sample, copy_key, run_seed

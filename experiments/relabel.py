@@ -12,6 +12,7 @@ the maps of images anew that were changed since.
 
 import argparse
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from rich.console import Console
 from torch import nn
 
 from callbacks.score_maps import ScoreMaps
-from datamodules.label_maps import About, LabelMaps, begin
+from datamodules.label_maps import LabelMaps
+from datamodules.label_shards import About, begin
 from datamodules.labelling import LabellingDataModule
 from datamodules.module import IMAGENET_MEAN, IMAGENET_STD
 from datamodules.published_maps import import_published
@@ -97,7 +99,7 @@ def relabel(argv: Sequence[str]) -> int:
             *(given.batch_size, given.shard_size, given.num_workers),
         )
         predict(given, Relabeling(teacher, mean, std, given.top, given.remainder), data)
-    if rank_zero_only.rank != 0:
+    if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
         return 0
     maps = LabelMaps(given.out, source, root)
     maps.check_values()
@@ -124,7 +126,10 @@ def predict(given: argparse.Namespace, module: Relabeling, data: LabellingDataMo
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    trainer.predict(module, datamodule=data, return_predictions=False)
+    with warnings.catch_warnings():
+        # Lightning cannot tell that no batch of ours drops an image.
+        warnings.filterwarnings("ignore", "You are using a custom batch sampler")
+        trainer.predict(module, datamodule=data, return_predictions=False)
     trainer.strategy.barrier()
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from datamodules.label_maps import About, Labelled, begin, name_of, stamp_of, write_shard
+from datamodules.label_shards import About, Labelled, begin, name_of, stamp_of, write_shard
 from datamodules.sources import Source
 
 

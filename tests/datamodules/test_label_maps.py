@@ -9,15 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules.label_maps import (
-    About,
-    Labelled,
-    LabelMaps,
-    begin,
-    read_about,
-    shard_path,
-    write_shard,
-)
+from datamodules.label_maps import LabelMaps
+from datamodules.label_shards import About, Labelled, begin, read_about, shard_path, write_shard
 from datamodules.published_maps import import_published
 from datamodules.sources import Source, open_source
 from tests.label_maps import write_maps

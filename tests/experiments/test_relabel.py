@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from callbacks.score_maps import ScoreMaps
-from datamodules.label_maps import LabelMaps, shard_path
+from datamodules.label_maps import LabelMaps
+from datamodules.label_shards import shard_path
 from datamodules.sources import open_source
 from experiments.relabel import relabel
 from tests import small
@@ -144,6 +145,24 @@ def test_a_checkpoint_of_ours_is_a_teacher(tmp_path: Path) -> None:
 def test_errors_name_the_fix(arguments: list[str], says: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=says):
         relabel([*arguments, *SHAPES, *SMALL, "--out", str(tmp_path)])
+
+
+def test_scenes_of_other_options_are_no_images_of_these_maps(
+    teacher: list[str], tmp_path: Path
+) -> None:
+    relabel([*teacher, *SHAPES, *SMALL, "--image-size", "64", "--out", str(tmp_path)])
+    before = contents(tmp_path)
+    fewer, plain = ({**ARGS, **other} for other in ({"num_train": 6}, {"texture": 0.0}))
+    grey = open_source("shapes", "train", None, channels=1, **fewer)
+    assert LabelMaps(tmp_path, grey, None).read(5, "zeros").ids.shape == (2, 2, 5)
+    with pytest.raises(ValueError, match=r"shapes/train\[0\] is not the image that its label map"):
+        LabelMaps(tmp_path, open_source("shapes", "train", None, channels=3, **plain), None)
+    source = ["--data", "shapes", "--source-args", json.dumps(plain), "--num-workers", "0"]
+    relabel([*teacher, *source, *SMALL, "--image-size", "64", "--out", str(tmp_path)])
+    after = contents(tmp_path)
+    assert [name for name in before if before[name] != after[name]] == [
+        f"maps-{number:05d}.safetensors" for number in range(3)
+    ]
 
 
 def test_another_teacher_does_not_go_on(teacher: list[str], tmp_path: Path) -> None:
