@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from datamodules.batch import PackedBatch
+from datamodules.batch import PackedBatch, TextBatch
 
 
 class FiniteLoss(Callback):
@@ -45,6 +45,8 @@ class FiniteLoss(Callback):
 class Throughput(Callback):
     """Logs `train/images_per_s`, over all devices, without waiting for the device.
 
+    Of texts `train/pairs_per_s`.
+
     The clock covers the steps between two log points, data loading included, and leaves out
     validation and checkpoints at the end of an epoch. Lightning's monitor would synchronise the
     device every step. The images of a pack are those of this device, times the devices.
@@ -67,10 +69,12 @@ class Throughput(Callback):
         if self.started is None:  # the first step after a pause only starts the clock
             self.started, self.images = now, 0
             return
-        self.images += batch.num_images * trainer.world_size
+        is_text = isinstance(batch, TextBatch)
+        self.images += (batch.num_pairs if is_text else batch.num_images) * trainer.world_size
         if trainer._logger_connector.should_update_logs:
             rate = self.images / (now - self.started)
-            pl_module.log("train/images_per_s", rate, batch_size=1)
+            unit = "pairs" if is_text else "images"
+            pl_module.log(f"train/{unit}_per_s", rate, batch_size=1)
             self.started, self.images = now, 0
 
 

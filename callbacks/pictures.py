@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
@@ -16,8 +17,9 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from datamodules.batch import MultiCropBatch, PackedImages
+from datamodules.batch import MultiCropBatch, PackedImages, TextBatch
 from datamodules.module import SourceDataModule
+from datamodules.text import TextDataModule
 
 
 def for_display(
@@ -90,6 +92,8 @@ class AugmentedBatch(Callback):
     ) -> None:
         if trainer.fit_loop.total_batch_idx > 0 or not trainer.is_global_zero:
             return
+        if isinstance(batch, TextBatch):  # there is nothing to see
+            return
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 if isinstance(batch, MultiCropBatch):
@@ -106,15 +110,16 @@ class AugmentedBatch(Callback):
 class Draws(Protocol):
     """What `Pictures` needs of a method."""
 
-    def pictures(
-        self, images: Float[Tensor, "b c height width"]
-    ) -> dict[str, Float[Tensor, "3 rows columns"]]:
-        """Pictures in [0, 1], by name, of the method in eval mode on normalised images."""
+    def pictures(self, images: Any) -> dict[str, Float[Tensor, "3 rows columns"]]:
+        """Pictures in [0, 1], by name, of the method in eval mode.
+
+        Of normalised images [b, c, height, width], or of a `TextBatch`.
+        """
         ...
 
 
 class Pictures(Callback):
-    """What the method draws of held-out images, always the same, in TensorBoard.
+    """What the method draws of held-out images or texts, always the same, in TensorBoard.
 
     Logs `pictures/NAME` at the end of every `every_n_epochs`-th epoch and of the training, from
     rank 0. Training goes on as if nothing had happened.
@@ -123,7 +128,7 @@ class Pictures(Callback):
 
     Args:
         every_n_epochs: epochs from one drawing to the next.
-        num_images: how many images; the first ones of the validation data.
+        num_images: how many images, or pairs of texts; the first ones of the validation data.
 
     Raises:
         ValueError: numbers below 1, or a method that draws nothing.
@@ -134,7 +139,7 @@ class Pictures(Callback):
             if value < 1:
                 raise ValueError(f"{name} is {value}; expected at least 1")
         self.every_n_epochs, self.num_images = every_n_epochs, num_images
-        self.images: Tensor | None = None
+        self.images: Tensor | TextBatch | None = None
         self.drawn_at = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -164,7 +169,7 @@ class Pictures(Callback):
             self.drawn_at = trainer.global_step
             if self.images is None or not trainer.is_global_zero:
                 return
-            pictures = pl_module.pictures(self.images.to(pl_module.device))
+            pictures = pl_module.pictures(move_data_to_device(self.images, pl_module.device))
         for board in boards:
             for name, picture in pictures.items():
                 board.experiment.add_image(f"pictures/{name}", picture, trainer.global_step)
@@ -184,9 +189,14 @@ def evaluating(network: torch.nn.Module) -> Iterator[None]:
 
 def held_out(
     trainer: Trainer, device: torch.device, count: int
-) -> Float[Tensor, "b c height width"] | None:
-    """The first readable validation images, all of one size; None, with a warning, without any."""
+) -> Float[Tensor, "b c height width"] | TextBatch | None:
+    """The first readable validation images, all of one size; None, with a warning, without any.
+
+    Of texts the first pairs.
+    """
     data = getattr(trainer, "datamodule", None)
+    if isinstance(data, TextDataModule):
+        return data.examples(count, device)
     found: list[Tensor] = []
     if isinstance(data, SourceDataModule):
         for batch in data.eval_batches(data.val_source, device):

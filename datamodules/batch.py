@@ -196,3 +196,44 @@ class PackedBatch(NamedTuple):
         Devices and micro-batches hold different numbers of images, hence the divisor.
         """
         return torch.where(self.is_valid, losses, 0.0).sum() / self.divisor
+
+
+class TextBatch(NamedTuple):
+    """Pairs of texts as numbers of tokens; what follows the end of a text is padding, token 0.
+
+    source:         [b, s] what is translated
+    source_lengths: [b] its tokens
+    target:         [b, t] the translation between its marks of start and end
+    target_lengths: [b] its tokens, the marks among them
+    indices:        [b] index in the source of pairs
+    keys:           [b] what all random draws for this pair in this epoch are a function of
+    is_valid:       [b] False for pairs that only fill up a batch
+    """
+
+    source: Int[Tensor, "b s"]
+    source_lengths: Int[Tensor, " b"]
+    target: Int[Tensor, "b t"]
+    target_lengths: Int[Tensor, " b"]
+    indices: Int[Tensor, " b"]
+    keys: Int[Tensor, " b"]
+    is_valid: Bool[Tensor, " b"]
+
+    @property
+    def num_pairs(self) -> int:
+        return len(self.keys)
+
+    @property
+    def inputs(self) -> Int[Tensor, "b u"]:
+        """What a decoder is given: the target without its last token, u = t - 1."""
+        return self.target[:, :-1]
+
+    @property
+    def wanted(self) -> Int[Tensor, "b u"]:
+        """What it is to say: one step ahead, and without the mark of the start."""
+        return self.target[:, 1:]
+
+    @property
+    def is_wanted(self) -> Bool[Tensor, "b u"]:
+        """False at padding."""
+        places = torch.arange(self.target.shape[1] - 1, device=self.target.device)
+        return places < self.target_lengths[:, None] - 1

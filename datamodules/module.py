@@ -1,17 +1,16 @@
 """What data modules over a source share: opening it, its loaders, its unreadable images."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 
 from datamodules.batch import ImageBatch, MultiCropBatch, PackedBatch, TokenLabelBatch
 from datamodules.geometry import Augment, timm_rand_augment
-from datamodules.sampling import run_seed
+from datamodules.placed import PlacedDataModule
 from datamodules.sources import Source, Split, open_source, some_of
 from datamodules.unreadable import Unreadable
 
@@ -44,12 +43,7 @@ class Needs(NamedTuple):
         return cls(*(getattr(backbone, name) for name in cls._fields))
 
 
-def limited(length: int, limit: float) -> int:
-    """Batches of an epoch that the trainer takes: `limit` is a number of them or a share."""
-    return max(1, min(length, limit) if isinstance(limit, int) else int(length * limit))
-
-
-class SourceDataModule(LightningDataModule):
+class SourceDataModule(PlacedDataModule):
     """Batches of images from a source of `datamodules.sources`.
 
     A method's `setup` calls `fit_to` with what its backbone takes.
@@ -96,7 +90,6 @@ class SourceDataModule(LightningDataModule):
         self.eval_side = eval_side
         self.needs: Needs | None = None
         self.eval_tokens = math.nan
-        self.order: dict[str, int] = {}
         self.unreadable: dict[Split, Unreadable] = {"train": Unreadable(), "val": Unreadable()}
 
     def fit_to(self, needs: Needs) -> None:
@@ -135,59 +128,11 @@ class SourceDataModule(LightningDataModule):
         self.open("val")
 
     def setup(self, stage: str) -> None:
-        trainer = self.trainer
-        if (
-            trainer is not None
-            and trainer.world_size > 1
-            and trainer._accelerator_connector.use_distributed_sampler
-        ):
-            raise ValueError(
-                "the data module places samples on ranks itself; set "
-                "trainer.use_distributed_sampler to false"
-            )
-        self.seed = run_seed()
+        super().setup(stage)
         # All ranks have to ask for it together, so not when one of them meets a bad image.
-        self.log_dir = None if trainer is None else trainer.log_dir
+        self.log_dir = None if self.trainer is None else self.trainer.log_dir
         self.train_source, self.val_source = self.open("train"), self.open("val")
         self.class_names = tuple(self.train_source.class_names)
-
-    def place(self) -> tuple[int, int]:
-        """Rank and number of ranks."""
-        trainer = self.trainer
-        return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
-
-    def progress(self) -> tuple[int, float]:
-        """Training batches that this rank has taken, and `limit_train_batches`."""
-        if self.trainer is None:
-            return 0, 1.0
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        return done, self.trainer.limit_train_batches or 1.0
-
-    def check_resumed(self, order: dict[str, int]) -> None:
-        """A run goes on where its batch counter stands, which has to count the same batches."""
-        for name, now in order.items():
-            before = self.order.get(name, now)
-            if before != now:
-                raise ValueError(
-                    f"{name}: {before} in the run that is resumed, now {now}, so its place in the "
-                    f"data is lost; resume it as it was, or start a new run"
-                )
-        self.order = order
-
-    def loader(
-        self,
-        dataset: Dataset[Any],
-        sampler: Sampler[Any],
-        collate: Callable[[Any], Batch],
-    ) -> DataLoader[Batch]:
-        return DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=collate,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-        )
 
     def eval_loader(self, source: Source) -> DataLoader[Any]:
         """The images of a source that are this rank's, each once, as evaluation sees them."""
@@ -232,9 +177,9 @@ class SourceDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         names = {str(split): unreadable.names for split, unreadable in self.unreadable.items()}
-        return {"order": self.order, **names}
+        return {**super().state_dict(), **names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.order = dict(state_dict.get("order", {}))
+        super().load_state_dict(state_dict)
         for split, unreadable in self.unreadable.items():
             unreadable.names = list(state_dict[split])

@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader, Dataset
 from datamodules.augment import normalize
 from datamodules.batch import ImageBatch
 from datamodules.geometry import EvalGeometry, Interpolation, TrainGeometry
-from datamodules.module import Needs, SourceDataModule, limited
+from datamodules.module import Needs, SourceDataModule
+from datamodules.placed import limited
 from datamodules.sampling import EvalBatches, Sample, TrainBatches
 from datamodules.sources import Source
 from datamodules.unreadable import read_example

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from datamodules.augment import normalize
 from datamodules.batch import PackedBatch, PackedImages
 from datamodules.geometry import Augment, Box, Interpolation, center_crop, crop_and_resize, draws
-from datamodules.module import IMAGENET_MEAN, IMAGENET_STD, Needs, SourceDataModule, limited
+from datamodules.module import IMAGENET_MEAN, IMAGENET_STD, Needs, SourceDataModule
 from datamodules.packing import (
     Layout,
     Pass,
@@ -25,6 +25,7 @@ from datamodules.packing import (
     plan_evaluation,
     tokens_of,
 )
+from datamodules.placed import limited
 from datamodules.rows import PackedBatches, PackedEvalBatches, Request, Row
 from datamodules.sizes import measure
 from datamodules.sources import Source
@@ -235,8 +236,9 @@ class PackedDataModule(SourceDataModule):
         super().fit_to(needs)
         if not needs.takes_packs:
             raise ValueError(
-                "the backbone has relative positions, which need images of one size; choose "
-                "another kind of positions, or ImageDataModule"
+                "the backbone takes no packs: relative positions, windows and convolutions need "
+                "images of one size; use NaViT, or ViT with another kind of positions, or "
+                "datamodules.ImageDataModule"
             )
         if self.row_length <= needs.num_prefix_tokens:
             raise ValueError(

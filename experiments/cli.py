@@ -5,6 +5,7 @@
     patchlight fit --resume RUN                        go on with a run that was stopped
     patchlight validate --config RUN/config.yaml --ckpt_path RUN/checkpoints/best.ckpt
     patchlight check-data DIR                          find unreadable images beforehand
+    patchlight backbones [FAMILY | timm:PATTERN]       what there is, and what it costs
     patchlight inspect FILE                            what a checkpoint holds, and what fits it
     patchlight export --checkpoint C --out FILE        for timm (.safetensors) or as ONNX
     patchlight look --checkpoint C --images DIR        attention and features as pictures
@@ -14,6 +15,7 @@
     patchlight fewshot --checkpoint C                  linear classifiers from a few images a class
     patchlight relabel --teacher T --data D --out DIR  a teacher's labels for token labelling
     patchlight jaccard --checkpoint C                  whether attention finds the objects
+    patchlight translate --checkpoint C "TEXT"         a text through a method that translates
     patchlight compare RUN [RUN ...]                   one table and one page with the curves
 
 `fit` and `validate` are LightningCLI: constructor signatures are the schema of a recipe, and
@@ -46,6 +48,7 @@ from callbacks.monitors import FillRate, FiniteLoss, Throughput
 from callbacks.pictures import AugmentedBatch
 from callbacks.seeding import StepSeed
 from datamodules.check import main as check_data
+from experiments.backbones import backbones
 from experiments.checkpoints import export, inspect
 from experiments.compare import compare
 from experiments.jaccard import jaccard
@@ -55,6 +58,7 @@ from experiments.relabel import relabel
 from experiments.resolutions import resolutions
 from experiments.start import take_weights
 from experiments.sweep import RESULT, sweep
+from experiments.translate import translate
 
 EXPERIMENTS = Path(__file__).parent
 BASE = EXPERIMENTS / "base.yaml"
@@ -62,6 +66,7 @@ ROOMS = ("experiments", "modules", "callbacks", "datamodules")
 STOPPED = 143  # the exit code of a process that ended on SIGTERM: the run is not finished
 VERBS = {
     "check-data": check_data,
+    "backbones": backbones,
     "inspect": inspect,
     "export": export,
     "look": look,
@@ -70,6 +75,7 @@ VERBS = {
     "knn": knn,
     "fewshot": fewshot,
     "jaccard": jaccard,
+    "translate": translate,
     "compare": compare,
     "relabel": relabel,
 }

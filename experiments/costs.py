@@ -2,6 +2,7 @@
 
 import json
 import textwrap
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -10,23 +11,31 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.runs import Run, part
 from experiments.subject import build_backbone
+from modules.backbones import Backbone
 
 
 class Cost(NamedTuple):
     """What a backbone costs; None where it cannot be told.
 
     side: (height, width) in pixels of the image
+    grid: rows and columns of its patches
     """
 
     parameters: int | None = None
     macs: int | None = None
     side: tuple[int, int] | None = None
     note: str = ""
+    grid: tuple[int, int] | None = None
 
 
 @lru_cache(maxsize=256)
 def cost(backbone: str, data_side: tuple[int, int] | None) -> Cost:
-    """Parameters and multiply-adds of a backbone, from its `class_path` and `init_args` as JSON.
+    """`measure` of a backbone by its `class_path` and `init_args` as JSON."""
+    return measure(lambda: build_backbone(json.loads(backbone)), data_side)
+
+
+def measure(build: Callable[[], Backbone], data_side: tuple[int, int] | None) -> Cost:
+    """Parameters and multiply-adds of a backbone.
 
     The image has the size that the backbone is made for, or else that of the data. Nothing is
     computed and no weights are held: tensors on the meta device have shapes only.
@@ -34,7 +43,7 @@ def cost(backbone: str, data_side: tuple[int, int] | None) -> Cost:
     parameters = None
     try:
         with torch.device("meta"):
-            built = build_backbone(json.loads(backbone))
+            built = build()
         built.to("meta").eval()  # tables that are computed were made on the CPU
         parameters = sum(parameter.numel() for parameter in built.parameters())
         side = built.image_size or data_side
@@ -42,10 +51,11 @@ def cost(backbone: str, data_side: tuple[int, int] | None) -> Cost:
             return Cost(parameters, note="the backbone takes any size, and the data gives none")
         image = torch.zeros(1, built.in_channels, *side, device="meta")
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            built(image)
+            features = built(image)
     except Exception as error:  # an old run of a class that is no more must not hide the others
         return Cost(parameters, note=f"the backbone cannot be built: {reason(error)}")
-    return Cost(parameters, int(counter.get_total_flops()) // 2, side)  # 2 FLOPs a multiply-add
+    macs = int(counter.get_total_flops()) // 2  # 2 FLOPs a multiply-add
+    return Cost(parameters, macs, side, grid=features.grid)
 
 
 def reason(error: Exception) -> str:

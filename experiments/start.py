@@ -143,11 +143,18 @@ def check_has_backbone(
     asked = any(
         option.startswith(("--model", "--print_config", "-h", "--help")) for option in options
     )
-    if last_class(recipes, "model") is not None and not has_one and not asked:
+    method = last_class(recipes, "model")
+    if method is not None and takes_backbone(method) and not has_one and not asked:
         raise ValueError(
             f"{paths[0]} has no backbone of its own: add --weights CHECKPOINT, whose it takes, or "
             f"{BACKBONE} modules.backbones.ViT"
         )
+
+
+def takes_backbone(method: str) -> bool:
+    """Whether a method is built around a backbone; what is not known here is taken to be."""
+    known = getattr(modules, method.removeprefix("modules."), None)
+    return known is None or "backbone" in inspect.signature(known).parameters
 
 
 def settle_unknown(

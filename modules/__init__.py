@@ -5,11 +5,14 @@
     dino.py            DINO           self-distillation of several views, without labels
     moco.py            MoCo           MoCo v3: two views of an image against all other images
     mae.py             MAE            a masked autoencoder: predicts the pixels of removed patches
+    seq2seq.py         Seq2Seq        recurrent encoder and decoder of texts, with attention
+    transformer.py     Transformer    the Transformer of texts
     probe.py           LinearProbe    linear heads on a frozen backbone, as MAE and DINO are judged
 
 and what they share: `optim`, `lars`, `schedules`, `losses`, `scores`, `token_loss`, `dino_loss`,
-`ibot`, `masking`, `checks`, `networks`, `distillation`, `weights`, `backbones`, and, to look
-inside, `analysis`, `drawing` and `reconstruction`.
+`ibot`, `masking`, `checks`, `networks`, `distillation`, `weights`, `backbones`, for texts
+`translation`, `decoding`, `alignment` and `multihead`, and, to look inside, `analysis`, `drawing`
+and `reconstruction`.
 """
 
 from jsonargparse import set_parsing_settings
@@ -18,8 +21,10 @@ from modules.dino import DINO
 from modules.mae import MAE
 from modules.moco import MoCo
 from modules.probe import LinearProbe
+from modules.seq2seq import Seq2Seq
 from modules.supervised import Supervised
 from modules.token_labeling import TokenLabeling
+from modules.transformer import Transformer
 
 # A config or a checkpoint may name classes of these packages and no others: whatever else it
 # names is refused before it is imported, since importing a module runs it. The parts of torch
@@ -36,4 +41,13 @@ set_parsing_settings(
     instantiate_subclass_spec_in_any=False,
 )
 
-__all__ = ["DINO", "MAE", "LinearProbe", "MoCo", "Supervised", "TokenLabeling"]
+__all__ = [
+    "DINO",
+    "MAE",
+    "LinearProbe",
+    "MoCo",
+    "Seq2Seq",
+    "Supervised",
+    "TokenLabeling",
+    "Transformer",
+]

@@ -55,8 +55,8 @@ def check_visible(backbone: Backbone) -> None:
     if not backbone.takes_visible:
         raise ValueError(
             f"MAE shows its encoder some patches and no others, and this {type(backbone).__name__} "
-            f"needs the whole grid (relative positions and windows do); use modules.backbones.ViT "
-            f"with learned1d, learned2d or sincos2d positions"
+            f"needs the whole grid (relative positions, windows and convolutions do); use "
+            f"modules.backbones.ViT with learned1d, learned2d or sincos2d positions"
         )
 
 
@@ -101,8 +101,9 @@ def check_token_labels(data: Any, num_classes: int, are_dense: bool) -> None:
             )
         if data.label_size == (1, 1) and are_dense:
             raise ValueError(
-                "data.init_args.label_size is 1, which leaves tokens without labels; set "
-                "model.init_args.dense_weight to 0, or label_size to null"
+                "an image has one label, as data.init_args.label_size is 1 or the backbone makes "
+                "one patch of it; set model.init_args.dense_weight to 0, or label_size to null "
+                "with more patches"
             )
     elif isinstance(data, SourceDataModule) and not isinstance(data, ImageDataModule):
         raise ValueError(

@@ -84,18 +84,21 @@ def freeze_projection(backbone: Backbone) -> None:
     """Keep the projection of patches from learning.
 
     Raises:
-        ValueError: a backbone that has none.
+        ValueError: a backbone that has none, or more than one layer in its place.
     """
     named = {name.removeprefix("model."): p for name, p in backbone.named_parameters()}
-    found = [p for name, p in named.items() if name.startswith("patch_embed.")]
-    if not found:
+    found = {name: p for name, p in named.items() if name.startswith("patch_embed.")}
+    layers = {name.rpartition(".")[0] for name, p in found.items() if p.ndim > 1}
+    if len(layers) != 1:
+        has = f"has {len(layers)} layers in its place" if layers else "has none"
         raise ValueError(
             f"freeze_patches keeps the projection of patches (patch_embed) as it was drawn, and "
-            f"{type(backbone).__name__} {getattr(backbone, 'name', '')} has none; set "
+            f"{type(backbone).__name__} {getattr(backbone, 'name', '')} {has}; set "
             f"freeze_patches to false"
         )
-    for parameter in found:
-        parameter.requires_grad = False
+    for name, parameter in found.items():
+        if name.rpartition(".")[0] in layers:  # a norm after it learns
+            parameter.requires_grad = False
 
 
 def contrast(

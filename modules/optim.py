@@ -19,14 +19,15 @@ from timm.optim.lamb import Lamb
 from torch import Tensor, nn
 
 from modules.lars import LARS
-from modules.schedules import dino_cosine, warmup_cosine, warmup_linear, warmup_rsqrt
+from modules.schedules import dino_cosine, noam, warmup_cosine, warmup_linear, warmup_rsqrt
 
-NAMES = ("adamw", "sgd", "lamb", "lars")
+NAMES = ("adamw", "sgd", "lamb", "lars", "rmsprop")
 SCHEDULES = {
     "cosine": warmup_cosine,
     "linear": warmup_linear,
     "rsqrt": warmup_rsqrt,
     "dino_cosine": dino_cosine,
+    "noam": noam,
 }
 SCALINGS = ("linear", "sqrt")
 
@@ -37,7 +38,7 @@ class Optimization:
 
     Args:
         name: "adamw" (decoupled decay), "sgd" (with momentum), "lamb" (timm's; its published
-            recipes clip gradients to norm 1: set clip_norm) or "lars" (`modules.lars`).
+            recipes clip gradients to norm 1: set clip_norm), "lars" (`modules.lars`) or "rmsprop".
         base_lr: learning rate for a global batch of `reference_batch` images.
         reference_batch: the peak learning rate is base_lr * global batch / reference_batch,
             where the global batch counts every device and accumulated micro-batch. None takes
@@ -48,14 +49,16 @@ class Optimization:
             none.
         weight_decay_end: where it goes over the run, by half a cosine (DINO: 0.04 to 0.4); null
             leaves it.
-        momentum: momentum of SGD and LARS, beta 1 of AdamW and LAMB.
-        beta2: beta 2 of AdamW and LAMB.
+        momentum: momentum of SGD, LARS and RMSprop, beta 1 of AdamW and LAMB.
+        beta2: beta 2 of AdamW and LAMB; share of the old mean of squares in RMSprop.
+        eps: what AdamW, LAMB and RMSprop divide by at least.
         layer_decay: the rate of the layer below is this factor lower, from the head (1) over
             block i of L (layer_decay^(L - i), i from 0) to the stem (layer_decay^(L + 1)), as
             in BEiT and MAE; null for one rate.
         schedule: what follows the warm-up over the rest of the run: half a "cosine", a "linear"
             decay, or "rsqrt", a reciprocal square root that does not depend on the run's length;
-            "dino_cosine" is half a cosine with the peak one step earlier, as DINO's code has it.
+            "dino_cosine" is half a cosine with the peak one step earlier, as DINO's code has it;
+            "noam" the Transformer's, another reciprocal square root.
         cooldown_steps: the last steps of rsqrt, which go linearly to min_lr.
         warmup_epochs: length of the linear warm-up. May be a fraction.
         warmup_steps: its length in optimizer steps, in the place of warmup_epochs.
@@ -68,7 +71,7 @@ class Optimization:
         ValueError: a value out of its range, or one that nothing would read.
     """
 
-    name: Literal["adamw", "sgd", "lamb", "lars"] = "adamw"
+    name: Literal["adamw", "sgd", "lamb", "lars", "rmsprop"] = "adamw"
     base_lr: float = 5e-4
     reference_batch: int | None = 512
     scaling: Literal["linear", "sqrt"] = "linear"
@@ -76,8 +79,9 @@ class Optimization:
     weight_decay_end: float | None = None
     momentum: float = 0.9
     beta2: float = 0.999
+    eps: float = 1e-8
     layer_decay: float | None = None
-    schedule: Literal["cosine", "linear", "rsqrt", "dino_cosine"] = "cosine"
+    schedule: Literal["cosine", "linear", "rsqrt", "dino_cosine", "noam"] = "cosine"
     cooldown_steps: int = 0
     warmup_epochs: float = 5.0
     warmup_steps: int | None = None
@@ -97,7 +101,7 @@ class Optimization:
         if self.reference_batch is not None and self.reference_batch < 1:
             raise ValueError(f"reference_batch is {self.reference_batch}; expected at least 1")
         not_negative = ("base_lr", "weight_decay", "momentum", "warmup_epochs", "min_lr")
-        others = ("warmup_steps", "warmup_lr", "cooldown_steps", "weight_decay_end")
+        others = ("warmup_steps", "warmup_lr", "cooldown_steps", "weight_decay_end", "eps")
         for field in (*not_negative, *others):
             value = getattr(self, field)
             if value is not None and value < 0:
@@ -109,8 +113,10 @@ class Optimization:
 
     def check_unread(self) -> None:
         """Refuse what is set beside something that keeps it from being read."""
-        if self.name in ("sgd", "lars") and self.beta2 != type(self).beta2:
-            raise ValueError(f"beta2 is {self.beta2}, but {self.name} has no beta2; remove it")
+        for field in ("beta2", "eps"):
+            value = getattr(self, field)
+            if self.name in ("sgd", "lars") and value != getattr(type(self), field):
+                raise ValueError(f"{field} is {value}, but {self.name} has no {field}; remove it")
         if self.scaling != "linear" and self.reference_batch is None:
             raise ValueError(
                 f"scaling is {self.scaling}, but reference_batch is null, so nothing is scaled; "
@@ -129,6 +135,11 @@ class Optimization:
                 f"give the length of the warm-up once"
             )
         length = self.warmup_epochs if self.warmup_steps is None else self.warmup_steps
+        if self.schedule == "noam" and (length == 0 or self.warmup_lr != 0):
+            raise ValueError(
+                f"schedule noam rises over its warm-up from a step of its slope, but the warm-up "
+                f"is {length:g} and warmup_lr {self.warmup_lr:g}; set the first, remove the other"
+            )
         if self.warmup_lr != 0 and length == 0:
             raise ValueError(
                 f"warmup_lr is {self.warmup_lr:g}, but there is no warm-up; remove it or set "
@@ -232,14 +243,19 @@ def build(
     betas = (how.momentum, how.beta2)
     if how.name == "sgd":
         return torch.optim.SGD(groups, lr=how.base_lr, momentum=how.momentum)
+    if how.name == "rmsprop":
+        return torch.optim.RMSprop(
+            groups, lr=how.base_lr, alpha=how.beta2, eps=how.eps, momentum=how.momentum
+        )
     if how.name == "lars":
         return LARS(groups, lr=how.base_lr, momentum=how.momentum)
     if how.name == "lamb":
-        # DeiT-III's epsilon. Clipping is `clip`'s, before the step as in the fused kernel.
-        return Lamb(groups, lr=how.base_lr, betas=betas, eps=1e-8, max_grad_norm=None)
+        # DeiT-III's epsilon is the default. Clipping is `clip`'s, before the step as in the fused
+        # kernel.
+        return Lamb(groups, lr=how.base_lr, betas=betas, eps=how.eps, max_grad_norm=None)
     # On CUDA the fused kernel would un-scale fp16 gradients itself, after our clipping.
     on_cpu = all(parameter.device.type == "cpu" for g in groups for parameter in g["params"])
-    return torch.optim.AdamW(groups, lr=how.base_lr, betas=betas, fused=on_cpu or None)
+    return torch.optim.AdamW(groups, lr=how.base_lr, betas=betas, eps=how.eps, fused=on_cpu or None)
 
 
 def global_batch(trainer: Trainer) -> float:
@@ -312,7 +328,8 @@ def learning_rate(how: Optimization, trainer: Trainer) -> LearningRate:
         )
     scale = 1.0 if how.reference_batch is None else global_batch(trainer) / how.reference_batch
     peak = how.base_lr * (math.sqrt(scale) if how.scaling == "sqrt" else scale)
-    warmup = min(warmup, total)
+    if how.schedule != "noam":  # whose slope has nothing to do with the end of the run
+        warmup = min(warmup, total)
     cooldown = min(how.cooldown_steps, total)
     return LearningRate(peak, how.min_lr, warmup, total, how.warmup_lr, how.schedule, cooldown)
 

@@ -81,6 +81,27 @@ def warmup_rsqrt(
     return end + (value - end) * left
 
 
+def noam(
+    step: int, total: int, warmup: int, peak: float, start: float = 0.0, end: float = 0.0
+) -> float:
+    """The Transformer's: linear to `peak` at step `warmup`, then peak * sqrt(warmup / step).
+
+    "Attention Is All You Need" (Vaswani et al. 2017, section 5.3) counts steps from 1, has
+    d^-0.5 min(s^-0.5, s warmup^-1.5) for step s of a model of width d, and so a peak of
+    (d * warmup)^-0.5. Where it stands does not depend on how long the run is. After the peak it
+    is never below `end`. It begins at a step of its slope, for which `start` is not asked.
+
+    Raises:
+        ValueError: no warm-up.
+    """
+    if warmup < 1:
+        raise ValueError("schedule noam is made of its warm-up, which has no step; set it")
+    place = step + 1
+    if place <= warmup:
+        return peak * place / warmup
+    return max(end, peak * math.sqrt(warmup / place))
+
+
 def outside(
     step: int, total: int, warmup: int, peak: float, start: float, end: float
 ) -> float | None:

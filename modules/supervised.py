@@ -166,8 +166,9 @@ class Supervised(LightningModule):
         self.classifier = Classifier(backbone, num_classes, head_init, head_bias)
         if distillation is not None and self.classifier.head_dist is None:
             raise ValueError(
-                "distillation needs a token that learns from the teacher; set the backbone's "
-                "distillation_token to true"
+                f"distillation needs a token that learns from the teacher, and this "
+                f"{type(backbone).__name__} has none; use modules.backbones.ViT with "
+                f"distillation_token true"
             )
         check_weights(weights, weights_part, weights_drop)
         self.weights, self.weights_part, self.weights_drop = weights, weights_part, weights_drop

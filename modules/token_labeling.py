@@ -192,8 +192,8 @@ class TokenLabeling(LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         check_classes(data, self.num_classes)
         check_precision(self.trainer)
-        check_token_labels(data, self.num_classes, self.dense_weight > 0)
         fit_data(data, self.classifier.backbone)
+        check_token_labels(data, self.num_classes, self.dense_weight > 0)
         size = getattr(data, "batch_size", 0)
         if self.mix_tokens == "pair" and size % 2:
             raise ValueError(
@@ -276,6 +276,12 @@ class TokenLabeling(LightningModule):
             given = (logits.shape[1], self.num_classes, self.label_smoothing)
             return token_cross_entropy(logits, label_targets(batch, *given))
         assert batch.tokens is not None  # `setup` saw to it
+        if batch.tokens.ids.shape[1] != logits.shape[1]:
+            raise ValueError(
+                f"{type(self.classifier.backbone).__name__} made {logits.shape[1]} patches of an "
+                f"image, and the data has labels for {batch.tokens.ids.shape[1]}, squares of "
+                f"patch_size pixels; set dense_weight to 0"
+            )
         how = (self.num_classes, self.label_smoothing)
         return token_cross_entropy(logits, softmax_targets(batch.tokens, *how))
 

@@ -48,7 +48,7 @@ def test_nothing_is_left_out_here() -> None:
     tested = ("pip", "mkdir -p data/Fashion", "patchlight check-data", "patchlight validate")
     tested += ("patchlight inspect", "patchlight export", "patchlight sweep")
     tested += ("patchlight resolutions", "patchlight knn", "patchlight fewshot", "patchlight look")
-    tested += ("patchlight compare", "patchlight jaccard")
+    tested += ("patchlight compare", "patchlight jaccard", "patchlight backbones")
     for line in COMMANDS:
         assert line.startswith((*tested, "patchlight fit --resume", "patchlight fit --config"))
 

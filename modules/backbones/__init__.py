@@ -17,17 +17,30 @@ from typing import Any
 from modules.backbones.any_timm import Timm
 from modules.backbones.attention import Packed
 from modules.backbones.factorised import FactorisedPositions
+from modules.backbones.hybrid import Hybrid
 from modules.backbones.layers import Backbone, BlockStyle, Features
 from modules.backbones.lvvit import LVViT
 from modules.backbones.masked import Masked, Swapped, Visible
 from modules.backbones.navit import NaViT
 from modules.backbones.positions import Positions
+from modules.backbones.row_rnn import RowRNN
+from modules.backbones.swin import Swin
+from modules.backbones.t2t import T2TViT
+from modules.backbones.twins import TwinsPCPVT, TwinsSVT
+from modules.backbones.twins_compact import TwinsSVTCompact
 from modules.backbones.vit import ViT
 
 FAMILIES: dict[str, type[Backbone]] = {
     "vit": ViT,
     "navit": NaViT,
     "lvvit": LVViT,
+    "row_rnn": RowRNN,
+    "hybrid": Hybrid,
+    "t2t": T2TViT,
+    "swin": Swin,
+    "twins_svt": TwinsSVT,
+    "twins_pcpvt": TwinsPCPVT,
+    "twins_svt_compact": TwinsSVTCompact,
     "timm": Timm,
 }
 
@@ -60,13 +73,20 @@ __all__ = [
     "BlockStyle",
     "FactorisedPositions",
     "Features",
+    "Hybrid",
     "LVViT",
     "Masked",
     "NaViT",
     "Packed",
     "Positions",
+    "RowRNN",
     "Swapped",
+    "Swin",
+    "T2TViT",
     "Timm",
+    "TwinsPCPVT",
+    "TwinsSVT",
+    "TwinsSVTCompact",
     "ViT",
     "Visible",
     "create",

@@ -12,11 +12,14 @@ from typing import Literal, NamedTuple, overload
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from modules.backbones.attention import Groups, Packed, Segments, attend
 from modules.backbones.masked import Altered, Group, Visible
+
+# Added to the scores of attention, or which keys a query sees.
+Bias = Float[Tensor, "1 h n n"] | Bool[Tensor, "#b 1 n n"]
 
 
 class Features(NamedTuple):
@@ -113,7 +116,7 @@ class BlockStyle:
     """What the blocks of a Transformer are made of.
 
     Args:
-        mlp: "gelu" (exact), "gelu_tanh" (its tanh approximation: SigLIP, JAX) or "swiglu"
+        mlp: "gelu" (exact), "gelu_tanh" (its tanh approximation: SigLIP, JAX), "relu" or "swiglu"
             (Shazeer 2020: fc1 gives gate and value, both of the MLP's width).
         qkv_bias: the projection to q, k and v has a bias.
         proj_bias: the projection after attention has a bias.
@@ -130,7 +133,7 @@ class BlockStyle:
         ValueError: an unknown MLP or norm of q and k, or a scale or epsilon that is not positive.
     """
 
-    mlp: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu"
+    mlp: Literal["gelu", "gelu_tanh", "relu", "swiglu"] = "gelu"
     qkv_bias: bool = True
     proj_bias: bool = True
     qk_norm: Literal["layer", "rms", "rms_unscaled"] | None = None
@@ -140,8 +143,8 @@ class BlockStyle:
     norm_bias: bool = True
 
     def __post_init__(self) -> None:
-        if self.mlp not in ("gelu", "gelu_tanh", "swiglu"):
-            raise ValueError(f"mlp is {self.mlp!r}; expected gelu, gelu_tanh or swiglu")
+        if self.mlp not in ("gelu", "gelu_tanh", "relu", "swiglu"):
+            raise ValueError(f"mlp is {self.mlp!r}; expected gelu, gelu_tanh, relu or swiglu")
         if self.qk_norm not in (None, "layer", "rms", "rms_unscaled"):
             raise ValueError(
                 f"qk_norm is {self.qk_norm!r}; expected layer, rms, rms_unscaled or null"
@@ -213,7 +216,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b n d"],
-        bias: Float[Tensor, "1 h n n"] | Sequence[Tensor] | None = None,
+        bias: Bias | Sequence[Tensor] | None = None,
         segments: Segments | Groups | None = None,
     ) -> Float[Tensor, "b n d"]:
         q, k, v = self.project(x)
@@ -230,7 +233,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear, GELU, dropout, Linear, dropout; or SiLU(gate) * value in the place of GELU."""
+    """Linear, GELU, dropout, Linear, dropout; ReLU or SiLU(gate) * value in the place of GELU."""
 
     def __init__(self, dim: int, hidden_dim: int, style: BlockStyle, dropout: float = 0.0) -> None:
         super().__init__()
@@ -244,6 +247,8 @@ class MLP(nn.Module):
         if self.kind == "swiglu":
             gate, value = hidden.chunk(2, dim=-1)
             hidden = F.silu(gate) * value
+        elif self.kind == "relu":
+            hidden = F.relu(hidden)
         else:
             hidden = F.gelu(hidden, approximate="tanh" if self.kind == "gelu_tanh" else "none")
         out: Tensor = self.drop(self.fc2(self.drop(hidden)))
@@ -309,7 +314,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b n d"],
-        bias: Float[Tensor, "1 h n n"] | Sequence[Tensor] | None = None,
+        bias: Bias | Sequence[Tensor] | None = None,
         segments: Segments | Groups | None = None,
     ) -> Float[Tensor, "b n d"]:
         x = x + self.branch(self.ls1(self.attn(self.norm1(x), bias, segments)), segments)

@@ -16,18 +16,14 @@ The heads, one for the class token and one for all patches, belong to the method
 
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from modules.backbones.attention import Packed
-from modules.backbones.layers import BlockStyle, Features
-from modules.backbones.masked import Altered, Masked, Visible, check_mask
+from modules.backbones.layers import BlockStyle
 from modules.backbones.positions import Positions
-from modules.backbones.resampling import Grid
-from modules.backbones.vit import ViT
+from modules.backbones.stem import StemViT
 
 
 class Size(NamedTuple):
@@ -76,7 +72,7 @@ class ConvPatchEmbed(nn.Module):
         return tokens
 
 
-class LVViT(ViT):
+class LVViT(StemViT):
     """The Vision Transformer of token labelling.
 
     Takes images of any size that patches divide, and lists of groups of one size each; no packs,
@@ -146,31 +142,6 @@ class LVViT(ViT):
         if stem_dim < 1:
             raise ValueError(f"stem_dim is {stem_dim}; expected at least 1")
         # Convolutions begin as torch draws them; the class token is no smaller than positions.
-        self.patch_embed = ConvPatchEmbed(patch_size, in_channels, stem_dim, dim)  # type: ignore[assignment]
+        self.use_stem(ConvPatchEmbed(patch_size, in_channels, stem_dim, dim), init=None)
         assert self.cls_token is not None
         nn.init.normal_(self.cls_token, std=0.02)
-        self.takes_packs = self.takes_visible = False
-
-    def last_blocks(
-        self, images: Float[Tensor, "b c height width"] | Altered | Visible | Packed, count: int
-    ) -> list[Features]:
-        if isinstance(images, (Tensor, Altered)):
-            return super().last_blocks(images, count)
-        what = "some of the patches" if isinstance(images, Visible) else "a pack"
-        raise ValueError(
-            f"{what} reached an LV-ViT, whose first convolutions look beyond the edge of a patch; "
-            f"train it on ImageDataModule or TokenLabelDataModule"
-        )
-
-    def embed(
-        self, images: Float[Tensor, "b c height width"] | Altered, grid: Grid
-    ) -> Float[Tensor, "b n d"]:
-        """As in ViT; hidden patches are black, so that the neighbours do not see them either."""
-        if isinstance(images, Masked):
-            check_mask(images.is_masked, len(images.images), grid[0] * grid[1])
-            rows = images.is_masked.view(-1, 1, *grid)
-            hidden = rows.repeat_interleave(self.patch_size, 2).repeat_interleave(
-                self.patch_size, 3
-            )
-            images = images._replace(images=torch.where(hidden, 0.0, images.images))
-        return super().embed(images, grid)

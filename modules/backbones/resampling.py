@@ -118,6 +118,14 @@ def sincos2d(dim: int, grid: Grid, big_vision: bool = False) -> Float[Tensor, "n
     return torch.cat(waves, dim=1).float()
 
 
+def sincos1d(count: int, dim: int) -> Float[Tensor, "n d"]:
+    """sin(p / 10000^(2j / dim)) and the cosine of the same, next to each other, for p from 0."""
+    made: Any = {"dtype": torch.float64, "device": "cpu"}
+    steps = 10_000.0 ** (-torch.arange(0, dim, 2, **made) / dim)
+    angles = torch.arange(count, **made)[:, None] * steps
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)[:, :dim].float()
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def wave_bank(dim: int, big_vision: bool, device: torch.device) -> Float[Tensor, "places half"]:
     """Half of a row of `sincos2d` for every row or column up to `MAX_GRID`."""

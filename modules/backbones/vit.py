@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple, overload
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from modules.backbones import initialise
 from modules.backbones.attention import Groups, Packed, Segments
@@ -97,6 +98,8 @@ class ViT(Backbone):
         num_heads: attention heads instead of the variant's.
         mlp_dim: hidden width of the MLP; 4 * embed_dim where embed_dim is given, else the
             variant's.
+        recompute: keep only the input of every block for the backward pass, and compute the block
+            again in it (gradient checkpointing).
 
     Raises:
         ValueError: unknown variant, pooling or init, a size that patches do not divide, rates
@@ -127,6 +130,7 @@ class ViT(Backbone):
         embed_dim: int | None = None,
         num_heads: int | None = None,
         mlp_dim: int | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         size = resolve_size(variant, depth, embed_dim, num_heads, mlp_dim)
@@ -142,6 +146,7 @@ class ViT(Backbone):
         dim = self.embed_dim = size.embed_dim
         self.patch_size, self.num_layers, self.num_registers = patch_size, size.depth, num_registers
         self.image_size, self.in_channels = (height, width), in_channels
+        self.recompute = recompute
         self.pooling, self.grid = pooling, (height // patch_size, width // patch_size)
         self.max_grid = None if positions.kind == "none" else MAX_GRID
         self.takes_packs = self.takes_visible = positions.kind != "relative"
@@ -282,7 +287,10 @@ class ViT(Backbone):
         ):
             if table is not None:
                 x = x + (where.join(table) if isinstance(where, Groups) else table)
-            x = block(x, bias, segments)
+            if self.recompute and self.training:
+                x = checkpoint(block, x, bias, segments, use_reentrant=False)
+            else:
+                x = block(x, bias, segments)
             kept = [*kept, x][-keep:]
         return kept
 

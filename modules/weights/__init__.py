@@ -9,7 +9,7 @@ A file goes through three steps: it is read without executing anything in it, it
 renamed to ours by the table of the code base that wrote it, position tables are resampled to
 the network's grid. What is then missing or left over is an error unless it is named.
 
-Sources: timm, DeiT, DeiT-III, MAE, DINO, LV-ViT (`.pth`, safetensors), Google's
+Sources: timm, DeiT, DeiT-III, MAE, DINO, T2T-ViT, LV-ViT (`.pth`, safetensors), Google's
 vision_transformer and big_vision (`.npz`), and checkpoints of this project.
 """
 
@@ -23,12 +23,14 @@ import timm
 from timm.layers.mlp import SwiGLUPacked
 from torch import nn
 
-from modules.backbones import Backbone, BlockStyle, LVViT, Timm, ViT
+from modules.backbones import Backbone, BlockStyle, Hybrid, LVViT, T2TViT, Timm, ViT, hybrid
 from modules.backbones.any_timm import classifiers
 from modules.backbones.positions import Learned1D
+from modules.backbones.pyramid import Pyramid
 from modules.weights.files import State, read
 from modules.weights.names import BESIDE, Origins, with_our_names, with_timm_names
 from modules.weights.positions import drop_computed, fit_positions, tokens_of
+from modules.weights.pyramids import pyramid_arguments, pyramid_to_timm, with_pyramid_names
 
 FINAL_NORMS = ("norm", "fc_norm")  # of all tokens, of their average
 
@@ -99,8 +101,9 @@ def load(
             name in `drop` that is nowhere.
     """
     state = choose(open_source(str(source)), part, str(source))
-    state, origins = named_for(getattr(network, "backbone", network), state, str(source))
-    return fill(network, state, origins, str(source), drop)
+    backbone = getattr(network, "backbone", network)
+    state, origins, done = named_for(backbone, state, str(source))
+    return fill(network, state, origins, done, str(source), drop)
 
 
 def load_backbone(
@@ -119,20 +122,27 @@ def load_backbone(
         ValueError: as `load`; whatever is neither the backbone's nor known to go without it.
     """
     state = choose(open_source(str(source)), part, str(source))
-    state, origins = named_for(backbone, state, str(source))
+    state, origins, done = named_for(backbone, state, str(source))
     own = {bare(key) for key in backbone.state_dict()}
     behind = {key for key in state if key not in own and BESIDE.match(key)}
     norms = [{key for key in keys if is_named(key, (), FINAL_NORMS)} for keys in (state, own)]
     if all(norms) and not norms[0] & norms[1]:
         behind |= {key.split(".")[0] for key in norms[0] | norms[1]}
-    return fill(backbone, state, origins, str(source), [*drop, *sorted(behind)])
+    return fill(backbone, state, origins, done, str(source), [*drop, *sorted(behind)])
 
 
-def named_for(backbone: nn.Module, state: State, source: str) -> tuple[State, Origins]:
-    """The tensors of a file under the names of this backbone, and for each the names it had."""
+def named_for(
+    backbone: nn.Module, state: State, source: str
+) -> tuple[State, Origins, dict[str, str]]:
+    """The tensors of a file under the names of this backbone, for each the names it had.
+
+    And what was done to some of them to fit it.
+    """
+    if isinstance(backbone, Pyramid):
+        return with_pyramid_names(state, backbone)
     if isinstance(backbone, Timm):
-        return with_timm_names(state, backbone, source)
-    return with_our_names(state)
+        return (*with_timm_names(state, backbone, source), {})
+    return (*with_our_names(state), {})
 
 
 def bare(key: str) -> str:
@@ -141,7 +151,12 @@ def bare(key: str) -> str:
 
 
 def fill(
-    network: nn.Module, state: State, origins: Origins, source: str, drop: Sequence[str]
+    network: nn.Module,
+    state: State,
+    origins: Origins,
+    done: dict[str, str],
+    source: str,
+    drop: Sequence[str],
 ) -> Report:
     """`load` of tensors that were read and have our names."""
     own = {bare(key): key for key in network.state_dict()}
@@ -153,7 +168,7 @@ def fill(
     kept = [key for key in own if is_named(key, (), drop)]
     state = {key: tensor for key, tensor in state.items() if key not in dropped}
     backbone = getattr(network, "backbone", network)
-    resampled = drop_computed(state, network)
+    resampled = done | drop_computed(state, network)
     if isinstance(backbone, ViT):
         is_ours = any(
             name.startswith(("positions.", "relative.")) for (name, *_) in origins.values()
@@ -229,23 +244,28 @@ def check_cover(source: str, state: State, wanted: State) -> None:
 
 
 def to_timm(network: nn.Module) -> State:
-    """The weights of a ViT or a `Timm`, or of one with its heads, under timm's names.
+    """The weights of a backbone that timm has, or of one with its heads, under timm's names.
 
     Fixed and two-dimensional positions become one table; a residual scale goes into the weights
     of its branch. A timm model with the arguments of `timm_arguments` gives equal outputs.
 
     Raises:
-        ValueError: no ViT, or parts that timm's has not: pre-logits, relative positions,
-            positions at every block, RMS norm of q and k, norms or projections without bias, an
-            LV-ViT's convolutions.
+        ValueError: no ViT (a hybrid is one), or parts that timm's has not: pre-logits, relative
+            positions, positions at every block, RMS norm of q and k, norms or projections without
+            bias, tokens of tokens, an LV-ViT's convolutions.
     """
     vit = getattr(network, "backbone", network)
     if isinstance(vit, Timm):
         return of_timm(network, vit)
+    if isinstance(vit, Pyramid):
+        return pyramid_to_timm(network, vit)
     if not isinstance(vit, ViT):
         raise ValueError(f"{type(vit).__name__} has no counterpart among timm's ViTs")
+    units = vit.units if isinstance(vit, Hybrid) else None
     lacks = {
         "convolutions before its patches": isinstance(vit, LVViT),
+        "tokens of tokens": isinstance(vit, T2TViT),
+        f"hybrid of {units} units": units is not None and units not in hybrid.TIMM,
         "pre_logits": vit.pre_logits is not None,
         "probe's heads": hasattr(network, "heads") and not hasattr(network, "head"),
         "registers beside a distillation token": (
@@ -272,6 +292,8 @@ def to_timm(network: nn.Module) -> State:
                 state[f"blocks.{i}.{name}.{leaf}"] = (
                     state[f"blocks.{i}.{name}.{leaf}"] / vit.style.residual_scale
                 )
+    if units == ():  # timm has the root in the place of a network that has it as its stem
+        state = {key.replace("backbone.stem.", "backbone."): t for key, t in state.items()}
     return {key: tensor.contiguous().clone() for key, tensor in state.items()}
 
 
@@ -287,12 +309,14 @@ def of_timm(network: nn.Module, backbone: Timm) -> State:
 def timm_arguments(network: nn.Module) -> dict[str, Any]:
     """Arguments of timm's `VisionTransformer` (`VisionTransformerDistilled`) for `to_timm`.
 
-    Of a `Timm`, those of `timm.create_model`.
+    Of others than a ViT, those of `timm.create_model`.
     """
     vit, head = getattr(network, "backbone", network), getattr(network, "head", None)
     if isinstance(vit, Timm):
         classes = 0 if head is None else head.out_features
         return {"model_name": vit.name, "num_classes": classes, "in_chans": vit.in_channels}
+    if isinstance(vit, Pyramid):
+        return pyramid_arguments(network, vit)
     assert isinstance(vit, ViT)
     style, table = vit.style, vit.positions
     block: Any = vit.blocks[0]
@@ -321,4 +345,7 @@ def timm_arguments(network: nn.Module) -> dict[str, Any]:
         arguments |= {"act_layer": "silu", "mlp_layer": SwiGLUPacked}
     if style.norm_eps != BlockStyle.norm_eps:
         arguments["norm_layer"] = partial(nn.LayerNorm, eps=style.norm_eps)
+    if isinstance(vit, Hybrid):
+        patch = vit.patch_embed.proj.kernel_size[0]
+        arguments |= {"model_name": hybrid.TIMM[vit.units], "patch_size": patch}
     return arguments

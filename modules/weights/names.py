@@ -15,12 +15,25 @@ from modules.weights.files import State
 
 Origins = dict[str, tuple[str, ...]]
 
+
+def count_from_0(found: re.Match[str]) -> str:
+    """A unit of a hybrid's ResNet; Google counts stages and units from 1."""
+    stage, unit = (int(number) - 1 for number in found.groups())
+    return f"patch_embed.backbone.stages.{stage}.blocks.{unit}."
+
+
 # Names of other code bases, as regular expressions, and ours. What is not here is alike.
 RENAMED = (
     (r"^pos_embed$", "positions.table"),
     (r"^decoder_pos_embed$", "decoder_positions.table"),  # MAE
     (r"\.gamma_([12])$", r".ls\1.gamma"),  # DeiT-III
     (r"^pre_logits\.fc\.", "pre_logits."),  # timm before 0.6
+    (r"^patch_embed\.backbone\.(conv|norm)\.", r"patch_embed.backbone.stem.\1."),  # timm's R+Ti
+    (r"^tokens_to_token\.", "patch_embed."),  # T2T-ViT
+    (r"^(patch_embed\.attention\d)\.attn\.", r"\1."),
+    (r"^(patch_embed\.attention\d)\.kqv\.", r"\1.qkv."),
+    (r"^(patch_embed\.attention\d)\.mlp\.0\.", r"\1.mlp.fc1."),
+    (r"^(patch_embed\.attention\d)\.mlp\.2\.", r"\1.mlp.fc2."),
 )
 GOOGLE = (
     (r"^(opt\.target\.|params\.)?(img\.)?", ""),
@@ -39,6 +52,10 @@ GOOGLE = (
     (r"\.MlpBlock_[03]\.Dense_0\.", ".mlp.fc1."),
     (r"\.MlpBlock_[03]\.Dense_1\.", ".mlp.fc2."),
     (r"\.out\.(kernel|bias)$", r".proj.\1"),
+    (r"^(conv|gn)_root\.", r"patch_embed.backbone.stem.\1."),  # the ResNet of hybrids
+    (r"^block(\d+)\.unit(\d+)\.", count_from_0),
+    (r"(\.blocks\.\d+)\.(conv|gn)_proj\.", r"\1.downsample.\2."),
+    (r"^(patch_embed\.backbone\..*)gn(\d?)\.", r"\1norm\2."),
 )
 
 # What training leaves beside a network, and a network does without.
@@ -66,7 +83,15 @@ def with_our_names(state: State) -> tuple[State, Origins]:
         if (ours := rename(name, RENAMED)) in origins:
             raise ValueError(f"the file has {ours} twice: as {origins[ours][0]} and as {name}")
         origins[ours] = (name,)
-    return {ours: state[theirs[0]] for ours, theirs in origins.items()}, origins
+    return {ours: in_our_order(theirs, state) for ours, (theirs,) in origins.items()}, origins
+
+
+def in_our_order(name: str, state: State) -> Tensor:
+    """A tensor by its name there; T2T-ViT stacks keys, queries and values."""
+    if ".kqv." not in name:
+        return state[name]
+    k, q, v = state[name].chunk(3)
+    return torch.cat((q, k, v))
 
 
 def with_timm_names(state: State, backbone: Timm, source: str) -> tuple[State, Origins]:
@@ -111,7 +136,7 @@ def from_google(arrays: State) -> tuple[State, Origins]:
             tensor = rearrange(tensor, "height width c d -> d c height width")
         elif leaf == "kernel":
             tensor = tensor.flatten(0, -2).T
-        elif is_projection:
+        elif is_projection or tensor.shape[:-1] == (1, 1, 1):  # of group norms
             tensor = tensor.flatten()
         name = re.sub(r"\.(kernel|scale)$", ".weight", name)
         state[name], origins[name] = tensor.contiguous(), (original,)

@@ -399,7 +399,7 @@ def test_an_image_of_another_aspect_than_planned_is_cropped_to_it() -> None:
     ("change", "message"),
     [
         ({"in_channels": 1}, "channels is 3, but the backbone takes images of 1"),
-        ({"takes_packs": False}, "relative positions, which need images of one size"),
+        ({"takes_packs": False}, "takes no packs: relative positions, windows"),
     ],
 )
 def test_what_a_backbone_does_not_take_is_refused_before_anything_is_read(

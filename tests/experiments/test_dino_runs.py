@@ -13,6 +13,8 @@ RUN = [
     *("--config", str(EXPERIMENTS / "quickstart" / "dino.yaml")),
     *("--config", str(EXPERIMENTS / "dino" / "smoke.yaml")),
     *("--model.init_args.freeze_last_layer=1", "--data.init_args.num_local=2"),
+    "--data.init_args.local_size=16",
+    "--model.init_args.koleo=0",  # which looks at the images of one device
     *("--trainer.max_epochs=2", "--trainer.max_steps=-1", "--trainer.limit_val_batches=0"),
     *("--trainer.num_sanity_val_steps=0", "--trainer.callbacks=null", "--checkpoint.monitor=null"),
     *("--trainer.enable_progress_bar=false", "--checkpoint.every_n_steps=1"),

@@ -50,7 +50,7 @@ def test_attention_that_lies_on_the_objects(
     assert jaccard(arguments) == 0
     found = shown(capsys.readouterr().out)
     assert set(found) == {MEAN, "head 1", "head 2", "best head", EACH}
-    assert found["best head"] == found["head 1"] == found[EACH] > 0.6
+    assert found["best head"] == found["head 1"] == found[EACH] > 0.5  # of 4 x 4 patches
     assert found["head 2"] < 0.2
 
 

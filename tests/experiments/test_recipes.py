@@ -42,6 +42,8 @@ def weights(recipe: Path, directory: Path) -> list[str]:
     content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     if "class_path" in content["model"]["init_args"].get("backbone", {}):
         return []
+    if content["data"]["class_path"] == "datamodules.TextDataModule":
+        return []
     vit = ViT("mu", depth=4, in_channels=content["data"]["init_args"].get("channels", 3))
     torch.save(vit.state_dict(), directory / "weights.pth")
     return ["--weights", str(directory / "weights.pth")]
@@ -81,7 +83,7 @@ def overlay_of(recipe: Path) -> Path:
         return beside
     content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     own = {"modules.MoCo": "moco", "modules.DINO": "dino", "modules.MAE": "mae"}
-    own["datamodules.PackedDataModule"] = "navit"
+    own |= {"datamodules.PackedDataModule": "navit", "datamodules.TextDataModule": "sequence"}
     for part in ("model", "data"):
         if (name := content[part]["class_path"]) in own:
             return EXPERIMENTS / own[name] / "smoke.yaml"

@@ -435,7 +435,7 @@ def test_pictures_go_to_tensorboard(tmp_path: Path) -> None:
         ({"decoder_dim": 18, "decoder_heads": 2}, "width 18 is no multiple of 4"),
         (
             {"backbone": ViT("mu", 4, 16, positions=Positions("relative"))},
-            r"this ViT needs the whole grid \(relative positions and windows do\)",
+            r"this ViT needs the whole grid \(relative positions, windows and ",
         ),
         ({"backbone": small.Pixels()}, "this Pixels needs the whole grid"),
         (

@@ -202,6 +202,7 @@ def trained(how: Optimization, lr: float = 0.1) -> torch.Tensor:
         ({}, {"weight_decay": 0.5}),
         ({}, {"momentum": 0.5}),
         ({}, {"beta2": 0.9}),
+        ({}, {"eps": 0.1}),
         ({"name": "sgd"}, {"momentum": 0.5}),
         ({"name": "sgd"}, {"clip_norm": 0.1}),
         ({"name": "sgd", "clip_norm": 0.1}, {"clip_per_parameter": True}),
@@ -213,6 +214,11 @@ def trained(how: Optimization, lr: float = 0.1) -> torch.Tensor:
         ({"name": "sgd"}, {"name": "lars"}),
         ({"name": "lars"}, {"weight_decay": 5.0}),
         ({"name": "lars"}, {"momentum": 0.5}),
+        ({}, {"name": "rmsprop"}),
+        ({"name": "rmsprop"}, {"momentum": 0.5}),
+        ({"name": "rmsprop"}, {"beta2": 0.9}),
+        ({"name": "rmsprop"}, {"eps": 0.1}),
+        ({"name": "lamb"}, {"eps": 0.1}),
     ],
 )
 def test_every_option_of_a_step_changes_the_step(base: dict, change: dict) -> None:
@@ -282,6 +288,7 @@ def test_published_rates_of_the_first_vit() -> None:
         {"base_lr": 2e-3},
         {"reference_batch": 2048},
         {"schedule": "linear"},
+        {"schedule": "noam"},
         {"warmup_epochs": 2.0},
         {"warmup_steps": 123},
         {"warmup_lr": 1e-6},
@@ -367,6 +374,9 @@ def test_clipping_matches_its_formula() -> None:
     ("arguments", "says"),
     [
         ({"name": "sgd", "beta2": 0.9}, "sgd has no beta2"),
+        ({"name": "sgd", "eps": 0.1}, "sgd has no eps"),
+        ({"schedule": "noam", "warmup_steps": 0}, "noam rises over its warm-up"),
+        ({"schedule": "noam", "warmup_lr": 0.1}, "noam rises over its warm-up"),
         ({"clip_per_parameter": True}, "set clip_norm"),
         ({"weight_decay_end": -0.1}, r"weight_decay_end is -0\.1; expected 0 or more"),
         ({"scaling": "sqrt", "reference_batch": None}, "reference_batch is null, so nothing"),

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from modules.schedules import warmup_cosine, warmup_linear, warmup_rsqrt
+from modules.schedules import noam, warmup_cosine, warmup_linear, warmup_rsqrt
 
 
 def test_mae_values_at_fractional_epochs() -> None:
@@ -62,3 +62,17 @@ def test_edges(schedule: Callable[..., float]) -> None:
     assert schedule(10, 10, 10, 3.0) == 0.0
     with pytest.raises(ValueError, match="warm-up of 11 steps does not fit a run of 10"):
         schedule(0, 10, 11, 1.0)
+
+
+def test_noam_of_the_base_transformer() -> None:
+    peak = (512 * 4000) ** -0.5
+    # The paper counts steps from 1.
+    got = [noam(s - 1, 10, 4000, peak) for s in (1, 1000, 4000, 16_000, 100_000)]
+    assert got == pytest.approx([1.747e-7, 1.747e-4, 6.988e-4, 3.494e-4, 1.398e-4], rel=5e-4)
+    for s in (1, 77, 4000, 4001, 54_321):
+        expected = 512**-0.5 * min(s**-0.5, s * 4000**-1.5)
+        assert noam(s - 1, 10, 4000, peak) == pytest.approx(expected, rel=1e-12)
+    assert noam(99_999, 10, 4000, peak, end=2e-4) == 2e-4
+    assert noam(0, 10, 4000, peak, end=2e-4) == pytest.approx(peak / 4000)
+    with pytest.raises(ValueError, match="schedule noam is made of its warm-up"):
+        noam(0, 10, 0, 1.0)

@@ -446,7 +446,7 @@ class NoMasks(ViT):
             {},
             r"are of 10 classes, but model.num_classes is 11",
         ),
-        ({}, {"label_size": 1}, "label_size is 1, which leaves tokens without labels"),
+        ({}, {"label_size": 1}, "label_size is 1 or the backbone makes one patch"),
         ({"mix_tokens": "pair"}, {"batch_size": 5}, "batch_size is 5; expected an even number"),
         ({"dense_weight": -1.0}, {}, "dense_weight is -1.0"),
         ({"label_smoothing": 1.0}, {}, "label_smoothing is 1.0"),

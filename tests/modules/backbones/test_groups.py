@@ -46,8 +46,8 @@ def drawn(network: nn.Module) -> nn.Module:
     return network
 
 
-def check_equal(network: nn.Module) -> None:
-    crops = groups()
+def check_equal(network: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    crops = [crop.to(dtype) for crop in groups()]
     results = []
     for features in (network(crops), [network(images) for images in crops]):
         network.zero_grad()

@@ -69,6 +69,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "registers": {"num_registers": 3},
     "pre-logits": {"pre_logits": True},
     "tanh GELU": {"block": BlockStyle(mlp="gelu_tanh")},
+    "ReLU": {"block": BlockStyle(mlp="relu")},
     "SwiGLU": {"block": BlockStyle(mlp="swiglu")},
     "no bias of qkv": {"block": BlockStyle(qkv_bias=False)},
     "qk norm": {"block": BlockStyle(qk_norm="layer")},
@@ -235,7 +236,7 @@ def test_errors(arguments: dict, says: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"mlp": "relu"}, "mlp is 'relu'; expected gelu"),
+        ({"mlp": "tanh"}, "mlp is 'tanh'; expected gelu"),
         ({"layer_scale": 0.0}, r"layer_scale is 0\.0; expected more than 0"),
         ({"residual_scale": -1.0}, "residual_scale is -1"),
         ({"qk_norm": True}, "qk_norm is True; expected layer, rms, rms_unscaled or null"),

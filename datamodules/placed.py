@@ -1,0 +1,88 @@
+"""What all data modules share: a place in the order of the data that a run goes on from."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from datamodules.sampling import run_seed
+
+
+def limited(length: int, limit: float) -> int:
+    """Batches of an epoch that the trainer takes: `limit` is a number of them or a share."""
+    return max(1, min(length, limit) if isinstance(limit, int) else int(length * limit))
+
+
+class PlacedDataModule(LightningDataModule):
+    """Batches in an order that is a function of seed, epoch and rank (`datamodules.sampling`).
+
+    Attributes:
+        num_workers: processes that make batches.
+        seed: of the run, once it was set up.
+        order: what the order of the run's batches depends on; a checkpoint carries it.
+    """
+
+    num_workers: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.order: dict[str, int] = {}
+
+    def setup(self, stage: str) -> None:
+        trainer = self.trainer
+        if (
+            trainer is not None
+            and trainer.world_size > 1
+            and trainer._accelerator_connector.use_distributed_sampler
+        ):
+            raise ValueError(
+                "the data module places samples on ranks itself; set "
+                "trainer.use_distributed_sampler to false"
+            )
+        self.seed = run_seed()
+
+    def place(self) -> tuple[int, int]:
+        """Rank and number of ranks."""
+        trainer = self.trainer
+        return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+
+    def progress(self) -> tuple[int, float]:
+        """Training batches that this rank has taken, and `limit_train_batches`."""
+        if self.trainer is None:
+            return 0, 1.0
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        return done, self.trainer.limit_train_batches or 1.0
+
+    def check_resumed(self, order: dict[str, int]) -> None:
+        """A run goes on where its batch counter stands, which has to count the same batches."""
+        for name, now in order.items():
+            before = self.order.get(name, now)
+            if before != now:
+                raise ValueError(
+                    f"{name}: {before} in the run that is resumed, now {now}, so its place in the "
+                    f"data is lost; resume it as it was, or start a new run"
+                )
+        self.order = order
+
+    def loader(
+        self,
+        dataset: Dataset[Any],
+        sampler: Sampler[Any],
+        collate: Callable[[Any], Any],
+    ) -> DataLoader[Any]:
+        return DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"order": self.order}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.order = dict(state_dict.get("order", {}))
