@@ -170,7 +170,7 @@ def test_errors_name_the_value_and_the_fix(arguments: dict, says: str) -> None:
 def test_packs_are_refused() -> None:
     network = create("lvvit", variant="mu", image_size=32)
     assert not network.takes_packs
-    with pytest.raises(ValueError, match="a pack reached an LV-ViT"):
+    with pytest.raises(ValueError, match="a pack reached a LVViT"):
         network(pack([[torch.zeros(3, 32, 32)]], 16, 8, 1, num_prefix=1))
 
 
