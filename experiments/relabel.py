@@ -11,13 +11,13 @@ the maps of images anew that were changed since.
 """
 
 import argparse
-import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
@@ -38,6 +38,21 @@ from modules.weights import open_source as open_weights
 HEADS = ("aux_head", "head")  # the one that was trained on patches is meant, where there is one
 
 
+def options(text: str) -> dict[str, Any]:
+    """Options as a recipe has them.
+
+    Raises:
+        ArgumentTypeError: no mapping.
+    """
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected '{{name: value, ...}}'")
+    return found
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="patchlight relabel",
@@ -51,7 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, help="a recipe that has the backbone")
     parser.add_argument("--import", dest="published", type=Path, help="published .pt maps")
     parser.add_argument("--data", required=True, help="a directory, or the name of a source")
-    parser.add_argument("--source-args", type=json.loads, default={}, help="JSON; of the source")
+    parser.add_argument("--source-args", type=options, default={}, help="{name: value}")
     parser.add_argument("--out", type=Path, required=True, help="directory of the maps")
     parser.add_argument("--num-classes", type=int, help="of the teacher; those of the data")
     parser.add_argument("--image-size", type=int, nargs="+", help="side, or height and width")
