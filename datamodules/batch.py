@@ -24,7 +24,8 @@ class SparseScores(NamedTuple):
     Softmax does not see a score that all classes share, so only what is above it is kept.
 
     ids:    [b, n, m] int32; a class has one entry of all its value, others of value 0
-    values: [b, n, m] by how much the score of that class is above that of those without an entry
+    values: [b, n, m] by how much the score of that class is above that of those without an entry;
+            where every class has one, the best is not below 0
     """
 
     ids: Int[Tensor, "*b n m"]

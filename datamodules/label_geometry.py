@@ -195,14 +195,20 @@ def pool(
 
 
 def windows(shares: Float[Array, "bins cells"], length: int) -> tuple[Array, Array]:
-    """The cells that each bin has a share of, `length` neighbours of them, and the shares."""
+    """The cells that each bin has a share of, `length` neighbours of them, and the shares.
+
+    Where there are fewer cells, the last one fills up, without a share.
+    """
     cells = shares.shape[1]
-    first = (shares > 0).argmax(axis=1).clip(0, cells - length)
+    shares = np.pad(shares, ((0, 0), (0, max(0, length - cells))))
+    first = (shares > 0).argmax(axis=1).clip(0, shares.shape[1] - length)
     index = first[:, None] + np.arange(length)
-    return index, np.take_along_axis(shares, index, axis=1)
+    return index.clip(max=cells - 1), np.take_along_axis(shares, index, axis=1)
 
 
-def token_scores(labels: LabelMap, where: Pooled, lengths: tuple[int, int]) -> SparseScores:
+def token_scores(
+    labels: LabelMap, where: Pooled, lengths: tuple[int, int], num_classes: int
+) -> SparseScores:
     """The scores of every token, tokens row by row.
 
     Args:
@@ -216,12 +222,16 @@ def token_scores(labels: LabelMap, where: Pooled, lengths: tuple[int, int]) -> S
     above = (labels.scores - labels.rest[..., None])[cell] * shares[..., None]
     tokens = len(rows) * len(columns)
     ids, values = labels.ids[cell].reshape(tokens, -1), above.reshape(tokens, -1)
-    ids, values = gathered_by_class(ids, values)
+    ids, values = gathered_by_class(ids, values, num_classes)
     return SparseScores(torch.from_numpy(ids), torch.from_numpy(values))
 
 
-def gathered_by_class(ids: Array, values: Array) -> tuple[Array, Array]:
-    """Each row sorted by class, the sum of a class at its first place, zeros at the others."""
+def gathered_by_class(ids: Array, values: Array, num_classes: int) -> tuple[Array, Array]:
+    """Each row sorted by class, the sum of a class at its first place, zeros at the others.
+
+    A row that has all classes, and each below 0, is raised until the best is 0: the same softmax,
+    and nothing need be told from a rest that no class is left of.
+    """
     order = np.argsort(ids, axis=1, kind="stable")
     ids = np.take_along_axis(ids, order, axis=1)
     values = np.take_along_axis(values, order, axis=1)
@@ -230,7 +240,10 @@ def gathered_by_class(ids: Array, values: Array) -> tuple[Array, Array]:
     starts = np.flatnonzero(is_first)
     sums = np.zeros(ids.size, dtype=np.float32)
     sums[starts] = np.add.reduceat(values.reshape(-1), starts)
-    return ids.astype(np.int32), sums.reshape(ids.shape)
+    sums = sums.reshape(ids.shape)
+    has_all = is_first.sum(axis=1, keepdims=True) == num_classes
+    best = np.where(is_first, sums, -np.inf).max(axis=1, keepdims=True)
+    return ids.astype(np.int32), np.where(has_all & is_first & (best < 0), sums - best, sums)
 
 
 def image_scores(labels: LabelMap, where: Pooled, num_classes: int) -> Float[Tensor, " k"]:
@@ -276,6 +289,6 @@ class LabelGeometry:
         tokens = None
         if self.grid is not None:
             where = pool(labels, box, height, width, self.grid, self.transposed)
-            tokens = token_scores(labels, where, self.lengths)
+            tokens = token_scores(labels, where, self.lengths, self.num_classes)
         whole = pool(labels, box, height, width, (1, 1), self.transposed)
         return pixels, tokens, image_scores(labels, whole, self.num_classes)

@@ -28,6 +28,7 @@ from datamodules.label_geometry import (
     reach,
     token_scores,
 )
+from modules.token_loss import softmax_targets
 
 GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "token_labels.safetensors")
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -56,11 +57,16 @@ def spread(scores: SparseScores, num_classes: int) -> Tensor:
 
 
 def tokens_of(
-    labels: LabelMap, box: Box, size: tuple[int, int], grid: tuple[int, int], **options: bool
+    labels: LabelMap,
+    box: Box,
+    size: tuple[int, int],
+    grid: tuple[int, int],
+    num_classes: int = 20,
+    **options: bool,
 ) -> SparseScores:
     lengths = tuple(reach(n, g) for n, g in zip(labels.rest.shape, grid, strict=True))
     where = pool(labels, box, *size, grid, options.get("transposed", False))
-    return token_scores(labels, where, lengths)
+    return token_scores(labels, where, lengths, num_classes)
 
 
 @pytest.mark.parametrize("size", [1, 14])
@@ -264,6 +270,31 @@ def test_image_and_map_stay_together() -> None:
     assert len(tokens_seen) == 16
     assert np.array_equal(image, before[0])
     assert np.array_equal(labels.ids, before[1])
+
+
+@pytest.mark.parametrize("low", [-5.0, -20.0, -80.0])
+@pytest.mark.parametrize("top_k", [5, 8])
+def test_classes_that_are_all_there_and_all_below_0(low: float, top_k: int) -> None:
+    """A cell keeps all of them, or neighbouring cells do together."""
+    labels = random_map(0, 6, 6, top_k, 8)._replace(rest=np.zeros((6, 6), np.float32))
+    labels = labels._replace(scores=labels.scores + np.float32(low - 5))
+    tokens = tokens_of(labels, Box(0, 0, 60, 60), (60, 60), (2, 2), 8)
+    down = torch.from_numpy(axis_shares(0, 1, 6, 2))
+    every = torch.einsum("gy,hx,kyx->ghk", down, down, dense(labels, 8).double()).flatten(0, 1)
+    y = softmax_targets(tokens, 8, 0.0)
+    ours = torch.zeros(4, 8).scatter_add(1, tokens.ids.long(), y.weights) + y.base[:, None]
+    torch.testing.assert_close(ours.double(), every.softmax(-1), **CLOSE)
+
+
+def test_a_map_that_is_smaller_than_others() -> None:
+    """Its tokens have as many entries as theirs, and the scores that they have alone."""
+    small, box, lengths = random_map(2, 2, 3), Box(5, 3, 20, 25), (reach(18, 2), reach(18, 2))
+    where = pool(small, box, 30, 40, (2, 2), False)
+    assert lengths[0] > 3
+    padded = token_scores(small, where, lengths, 20)
+    assert padded.ids.shape == (4, lengths[0] * lengths[1] * 5)
+    alone = tokens_of(small, box, (30, 40), (2, 2))
+    torch.testing.assert_close(spread(padded, 20), spread(alone, 20), **CLOSE)
 
 
 def test_a_flip_mirrors_the_map() -> None:

@@ -233,7 +233,7 @@ def test_mixed_and_smoothed_labels_are_the_published_ones_but_for_their_sum() ->
         )
         box = Box(*(1000 * x for x in crop.tolist()))  # type: ignore[arg-type]
         where, whole = (pool(maps, box, 1000, 1000, grid, True) for grid in ((4, 4), (1, 1)))
-        tokens.append(token_scores(maps, where, (6, 6)))
+        tokens.append(token_scores(maps, where, (6, 6), 20))
         pooled.append(image_scores(maps, whole, 20))
     given = SparseScores(*(torch.stack(part) for part in zip(*tokens, strict=True)))
     batch = TokenLabelBatch(*images(3)[:6], tokens=given, pooled=torch.stack(pooled))
