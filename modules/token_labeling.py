@@ -104,7 +104,7 @@ class TokenClassifier(AroundBackbone):
         super().__init__()
         self.backbone = backbone
         self.head = nn.Linear(backbone.embed_dim, num_classes)
-        self.aux_head = nn.Linear(backbone.embed_dim, num_classes) if has_aux_head else None
+        self.aux_head = nn.Linear(backbone.patch_dim, num_classes) if has_aux_head else None
         for head in (head for head in (self.head, self.aux_head) if head is not None):
             nn.init.trunc_normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)
@@ -237,7 +237,9 @@ class TokenLabeling(LightningModule):
         """Token labels over crops, and what `modules.drawing.pictures_of` draws of the backbone."""
         data: SourceDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
         drawn = pictures_of(self.classifier.backbone, images, data.mean, data.std)
-        if isinstance(data, TokenLabelDataModule) and self.classifier.aux_head is not None:
+        if not isinstance(data, TokenLabelDataModule) or data.maps is None:
+            return drawn
+        if self.classifier.aux_head is not None:
             crops = data.crops(len(images), self.device)
             features: Features = self.classifier.backbone(crops.images)
             drawn["token_labels"] = token_labels(
