@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.augment import erase, normalize
@@ -121,7 +122,8 @@ class TokenLabelDataModule(OneSizeDataModule):
         max_bad: the run stops when more than this share of a split is unreadable.
 
     Attributes:
-        num_label_classes: classes that the teacher knows, once set up.
+        maps: the label maps, once set up to train.
+        num_label_classes: classes that the teacher knows, likewise.
 
     Raises:
         ValueError: values out of range, maps that are missing, damaged or do not fit.
@@ -165,6 +167,7 @@ class TokenLabelDataModule(OneSizeDataModule):
         if self.label_size is not None and min(self.label_size) < 1:
             raise ValueError(f"label_size is {label_size}; expected at least 1")
         self.augment = None if rand_augment is None else self.tracked(rand_augment)
+        self.maps: LabelMaps | None = None
         self.num_label_classes: int | None = None
 
     def tracked(self, recipe: str) -> RandAugment:
@@ -174,12 +177,15 @@ class TokenLabelDataModule(OneSizeDataModule):
     def prepare_data(self) -> None:
         """On one process: also read all maps once, so that none fails in the midst of a run."""
         super().prepare_data()
-        self.open_maps(self.open("train")).check_values()
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self.open_maps(self.open("train")).check_values()
 
     def setup(self, stage: str) -> None:
+        """Maps are opened where there is training; an evaluation does without them."""
         super().setup(stage)
-        self.maps = self.open_maps(self.train_source)
-        self.num_label_classes = self.maps.about.num_classes
+        if stage == "fit":
+            self.maps = self.open_maps(self.train_source)
+            self.num_label_classes = self.maps.about.num_classes
 
     def open_maps(self, source: Source) -> LabelMaps:
         maps = LabelMaps(self.labels, source, self.root, self.check_dates)
@@ -214,6 +220,7 @@ class TokenLabelDataModule(OneSizeDataModule):
         """What is done to a training image and its map."""
         if self.label_size is None:
             raise ValueError("data.label_size is null, and no method said what it needs; set it")
+        assert self.maps is not None  # `setup` opened them
         rows, columns = self.maps.largest()
         down, across = self.label_size
         lengths = reach(rows, down), reach(columns, across)
@@ -231,6 +238,7 @@ class TokenLabelDataModule(OneSizeDataModule):
         )
 
     def dataset(self) -> TokenLabelDataset:
+        assert self.maps is not None  # `setup` opened them
         return TokenLabelDataset(self.train_source, self.maps, self.rest, self.geometry())
 
     def train_dataloader(self) -> DataLoader[TokenLabelBatch]:

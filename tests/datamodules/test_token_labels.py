@@ -86,8 +86,11 @@ def test_options_of_the_labels(maps: Path) -> None:
     assert difference.median() > 0
 
 
-def test_evaluation_needs_no_maps(maps: Path) -> None:
-    module = data(maps)
+def test_evaluation_needs_no_maps(tmp_path: Path) -> None:
+    module = data(tmp_path / "nowhere", fits=False)
+    module.fit_to(NEEDS)
+    module.prepare_data()
+    module.setup("validate")
     batch = next(iter(module.val_dataloader()))
     assert batch.images.shape == (4, 3, 32, 32)
     assert module.on_after_batch_transfer(batch, 0).images.dtype == torch.float32
