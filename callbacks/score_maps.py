@@ -3,11 +3,12 @@
 import time
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from torch import Tensor
 
-from datamodules.label_shards import Labelled, name_of, stamp_of, write_shard
+from datamodules.label_shards import Labelled, name_of, write_shard
 from datamodules.labelling import LabellingBatch, LabellingDataModule
 from datamodules.progress import Bar
 
@@ -62,13 +63,13 @@ class ScoreMaps(Callback):
             scores, ids, remainder = (None if x is None else x[i][rows, rows] for x in found)
             assert scores is not None
             assert ids is not None
-            number, place = divmod(index, data.shard_size)
-            stamp = stamp_of(data.images, index, is_first=place == 0)
+            number = index // data.shard_size
             name = name_of(data.images, index, data.root)
+            check_scores(scores, name, data.about.precision)
             maps = self.maps.setdefault(number, [])
-            maps.append(Labelled(name, stamp, scores, ids, remainder))
+            maps.append(Labelled(name, int(batch.stamps[i]), scores.half(), ids, remainder))
             if len(maps) == len(data.rows(number)):
-                write_shard(data.directory, number, self.maps.pop(number))
+                write_shard(data.directory, data.about, number, self.maps.pop(number))
                 self.count(maps, trainer.is_global_zero, trainer.world_size)
         assert self.bar is not None
         self.bar.advance(len(batch.indices))
@@ -104,6 +105,18 @@ class ScoreMaps(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, LabellingDataModule)
         return data
+
+
+def check_scores(scores: Tensor, name: str, precision: str) -> None:
+    """Refuse what no map can hold, before more of it is made."""
+    if bool(scores.half().isfinite().all()):
+        return
+    found = "NaN" if bool(scores.isnan().any()) else f"{scores.abs().max().item():.3g}"
+    raise ValueError(
+        f"the teacher's largest score of {name} is {found}; expected numbers up to "
+        f"{torch.finfo(torch.half).max:.0f}, as maps hold them in half precision; where "
+        f"--precision {precision} is the reason use 32-true, else another teacher"
+    )
 
 
 def kept(outputs: HasScores) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -240,10 +240,10 @@ def gathered_by_class(ids: Array, values: Array, num_classes: int) -> tuple[Arra
     starts = np.flatnonzero(is_first)
     sums = np.zeros(ids.size, dtype=np.float32)
     sums[starts] = np.add.reduceat(values.reshape(-1), starts)
-    sums = sums.reshape(ids.shape)
+    values = sums.reshape(ids.shape)
     has_all = is_first.sum(axis=1, keepdims=True) == num_classes
-    best = np.where(is_first, sums, -np.inf).max(axis=1, keepdims=True)
-    return ids.astype(np.int32), np.where(has_all & is_first & (best < 0), sums - best, sums)
+    best = np.where(is_first, values, -np.inf).max(axis=1, keepdims=True)
+    return ids.astype(np.int32), np.where(has_all & is_first & (best < 0), values - best, values)
 
 
 def image_scores(labels: LabelMap, where: Pooled, num_classes: int) -> Float[Tensor, " k"]:

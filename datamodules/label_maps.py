@@ -1,18 +1,19 @@
 """The label maps of a source's images, out of the shards of a directory (`label_shards`)."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from datamodules.label_geometry import LabelMap
-from datamodules.label_shards import About, Rest, Shard, name_of, read_about, stamp_of
+from datamodules.label_shards import SHARDS, About, Rest, Shard, name_of, read_about, stamp_of
 from datamodules.progress import Bar
 from datamodules.sources import Source
 
 
 def shards_in(directory: Path, about: About) -> Iterator[Shard]:
-    for path in sorted(directory.glob("maps-*.safetensors")):
+    for path in sorted(directory.glob(SHARDS)):
         yield Shard(path, about)
 
 
@@ -36,11 +37,12 @@ class LabelMaps:
         self.shards = list(shards_in(directory, self.about))
         sizes = [len(shard) for shard in self.shards]
         self.firsts = np.concatenate(([0], np.cumsum(sizes, dtype=np.int64)))
-        names = (name for shard in self.shards for name in shard.names)
+        names = [name for shard in self.shards for name in shard.names]
         known = {name: place for place, name in enumerate(names)}
-        self.places, is_same = np.empty(len(source), dtype=np.int64), False
-        for index in range(len(source)):
-            name = name_of(source, index, root)
+        wanted = [name_of(source, index, root) for index in range(len(source))]
+        self.check_once(names, wanted)
+        self.places = np.empty(len(source), dtype=np.int64)
+        for index, name in enumerate(wanted):
             place = known.get(name)
             if place is None:
                 raise ValueError(
@@ -49,19 +51,31 @@ class LabelMaps:
                 )
             self.places[index] = place
             shard, row = self.find(index)
-            if not is_same and shard.stamps[row] < -1:
-                is_same = stamp_of(source, index, is_first=True) == shard.stamps[row]
-                if not is_same:
-                    raise ValueError(
-                        f"{source.describe(index)} is not the image that its label map in "
-                        f"{shard.path} was made of; run `patchlight relabel` with the options of "
-                        f"the data here (--source-args) and another --out"
-                    )
+            if (stamp := shard.stamps[row]) < -1 and stamp != stamp_of(source, index, True):
+                raise ValueError(
+                    f"{source.describe(index)} is not the image that its label map in "
+                    f"{shard.path} was made of; run `patchlight relabel` with the options of "
+                    f"the data here (--source-args) and another --out"
+                )
             if check_dates and stamp_of(source, index) > shard.stamps[row] >= 0:
                 raise ValueError(
                     f"{source.describe(index)} was changed after its label map in {shard.path} was "
                     f"made; run `patchlight relabel` again, which renews such maps, or set "
                     f"data.init_args.check_dates to false where only the dates changed"
+                )
+
+    def check_once(self, names: Sequence[str], wanted: Sequence[str]) -> None:
+        """No image has two maps; but a list may have an image twice, and then so have its maps."""
+        if len(set(names)) == len(names):
+            return
+        images = Counter(wanted)
+        for name, count in Counter(names).items():
+            if count > max(1, images[name]):
+                where = [str(shard.path) for shard in self.shards if name in shard.names]
+                raise ValueError(
+                    f"{name} has {count} label maps, in {', '.join(where)}; run `patchlight "
+                    f"relabel` to its end, which removes what an earlier run left, or name "
+                    f"another --out"
                 )
 
     def find(self, index: int) -> tuple[Shard, int]:

@@ -10,7 +10,8 @@ A directory has `maps.json`, which says what all its maps have in common (`About
     stamps    int64 [n]       when the image's file was last changed, in ns; see `stamp_of`
     names     uint8           the images' names one after another, UTF-8, each ended by a line feed
 
-Cells stand row by row, image after image. A shard is written under another name and then renamed,
+and in its metadata the same `About`, so that shards of several teachers are never mixed. Cells
+stand row by row, image after image. A shard is written under another name and then renamed,
 so one that is there is whole.
 """
 
@@ -32,6 +33,7 @@ from datamodules.label_geometry import LabelMap
 from datamodules.sources import BadImageError, Source, with_channels
 
 ABOUT = "maps.json"
+SHARDS = "maps-*.safetensors"
 PARTS = {
     "scores": ("F16", 2),
     "ids": ("I32", 2),
@@ -47,22 +49,31 @@ AGAIN = "delete it and run `patchlight relabel` again, which makes what is missi
 class About:
     """What all maps of a directory have in common.
 
-    teacher:     whose scores they are, in words
-    num_classes: classes that it knows
-    top_k:       of which each cell keeps so many
-    remainder:   the others' share is kept as well
+    teacher:       whose scores they are, in words
+    num_classes:   classes that it knows
+    top_k:         of which each cell keeps so many
+    remainder:     the others' share is kept as well
+    fingerprint:   of the teacher's weights and options; empty for maps that were imported
+    interpolation: with which images were stretched, alike
+    precision:     in which it scored them, alike
     """
 
     teacher: str
     num_classes: int
     top_k: int
     remainder: bool
+    fingerprint: str = ""
+    interpolation: str = ""
+    precision: str = ""
 
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.num_classes:
             raise ValueError(
                 f"top_k is {self.top_k}; expected 1 to {self.num_classes}, the number of classes"
             )
+
+    def text(self) -> str:
+        return json.dumps(asdict(self), indent=1) + "\n"
 
 
 class Labelled(NamedTuple):
@@ -85,9 +96,11 @@ class Labelled(NamedTuple):
 def name_of(source: Source, index: int, root: str | None) -> str:
     """The path of an image below the root, so that a data set may be moved."""
     name = source.describe(index)
-    if root is not None:
-        start = os.path.join(os.path.abspath(os.path.expanduser(root)), "")
-        name = name.removeprefix(start)
+    if root is not None and os.path.isabs(name):
+        start = os.path.abspath(os.path.expanduser(root))
+        start = os.path.dirname(start) if os.path.isfile(start) else start  # a list of images
+        name = os.path.abspath(name).removeprefix(os.path.join(start, ""))
+    name = name.replace("\n", "\\n")  # which ends a name in a shard
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
@@ -121,9 +134,10 @@ def shard_path(directory: Path, number: int) -> Path:
     return directory / f"maps-{number:05d}.safetensors"
 
 
-def write_shard(directory: Path, number: int, maps: Sequence[Labelled]) -> None:
+def write_shard(directory: Path, about: About, number: int, maps: Sequence[Labelled]) -> None:
     """Write one shard, in the place of one of that number."""
     grids = [tuple(one.scores.shape[:2]) for one in maps]
+    names = "".join(f"{one.name}\n" for one in maps).encode()
     remainders = [one.remainder for one in maps if one.remainder is not None]
     assert len(remainders) in (0, len(maps))
     tensors = {
@@ -131,15 +145,36 @@ def write_shard(directory: Path, number: int, maps: Sequence[Labelled]) -> None:
         "ids": torch.cat([one.ids.int().flatten(0, 1) for one in maps]),
         "grids": torch.tensor(grids, dtype=torch.int32),
         "stamps": torch.tensor([one.stamp for one in maps]),
-        "names": torch.frombuffer(bytearray(joined([m.name for m in maps])), dtype=torch.uint8),
+        "names": torch.frombuffer(bytearray(names), dtype=torch.uint8),
     }
     if remainders:
         tensors["remainder"] = torch.cat([one.half().flatten() for one in remainders])
-    replace_file(shard_path(directory, number), lambda path: save_file(tensors, path))
+    told = {"about": about.text()}
+    replace_file(shard_path(directory, number), lambda path: save_file(tensors, path, told))
 
 
-def joined(names: Sequence[str]) -> bytes:
-    return "".join(f"{name.replace(chr(10), chr(92) + 'n')}\n" for name in names).encode()
+def is_whole(
+    number: int, rows: range, directory: Path, about: About, source: Source, root: str | None
+) -> bool:
+    """Whether a shard is there, of these images as they are now, and made alike."""
+    path = shard_path(directory, number)
+    if not path.is_file():
+        return False
+    try:
+        shard = Shard(path, about)
+    except ValueError:  # damaged, or of another teacher: made anew
+        return False
+    stamps = [stamp_of(source, i, i == rows.start) for i in rows]
+    names = [name_of(source, i, root) for i in rows]
+    return shard.names == names and bool(np.array_equal(shard.stamps, stamps))
+
+
+def clear(directory: Path, num_shards: int) -> None:
+    """Remove what earlier runs left: shards beyond the last, and halves of files."""
+    kept = {shard_path(directory, number) for number in range(num_shards)}
+    for path in (*directory.glob(SHARDS), *directory.glob(f".{SHARDS}.*")):
+        if path not in kept:
+            path.unlink(missing_ok=True)
 
 
 def begin(directory: Path, about: About) -> None:
@@ -159,8 +194,7 @@ def begin(directory: Path, about: About) -> None:
                     f"another directory, or delete this one"
                 )
         return
-    text = json.dumps(asdict(about), indent=1) + "\n"
-    replace_file(directory / ABOUT, lambda path: path.write_text(text, encoding="utf-8"))
+    replace_file(directory / ABOUT, lambda path: path.write_text(about.text(), encoding="utf-8"))
 
 
 def read_about(directory: Path) -> About:
@@ -212,6 +246,8 @@ class Shard:
         for name in ("scores", "ids"):
             if (k := file.get_slice(name).get_shape()[1]) != self.about.top_k:
                 raise ValueError(f"{name} has {k} classes a cell; {ABOUT} says {self.about.top_k}")
+        if (file.metadata() or {}).get("about") != self.about.text():
+            raise ValueError(f"it is of another teacher or other options than {ABOUT} says")
 
     def opened(self) -> Any:
         if self.file is None:

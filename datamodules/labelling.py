@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from datamodules.geometry import Box, Interpolation, crop_and_resize
-from datamodules.label_shards import About, Shard, name_of, shard_path, stamp_of
+from datamodules.label_shards import About, is_whole, stamp_of
 from datamodules.sources import BadImageError, Source
 
 
@@ -22,30 +22,36 @@ class LabellingBatch(NamedTuple):
     images:      [b, c, height, width] uint8, each stretched to one size as a whole
     indices:     [b] index in the source
     is_readable: [b] False for images that could not be read; they are black
+    stamps:      [b] see `label_shards.stamp_of`, as it was before the image was read
     """
 
     images: UInt8[Tensor, "b c height width"]
     indices: Int[Tensor, " b"]
     is_readable: Bool[Tensor, " b"]
+    stamps: Int[Tensor, " b"]
 
 
 class WholeImages(Dataset[LabellingBatch]):
     """An image of a source as a `LabellingBatch` of one, without its batch axis."""
 
-    def __init__(self, source: Source, size: tuple[int, int], interpolation: Interpolation) -> None:
+    def __init__(
+        self, source: Source, size: tuple[int, int], interpolation: Interpolation, shard_size: int
+    ) -> None:
         self.source, self.size, self.interpolation = source, size, interpolation
+        self.shard_size = shard_size
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> LabellingBatch:
+        stamp = stamp_of(self.source, index, is_first=index % self.shard_size == 0)
         try:
             image, is_readable = self.source[index].image, True
         except BadImageError:
             image, is_readable = np.zeros((*self.size, self.source.channels), np.uint8), False
         box = Box(0, 0, *image.shape[:2])
         pixels = crop_and_resize(image, box, self.size, self.interpolation)
-        return LabellingBatch(pixels, torch.tensor(index), torch.tensor(is_readable))
+        return LabellingBatch(pixels, *map(torch.tensor, (index, is_readable, stamp)))
 
 
 def collate(samples: Sequence[LabellingBatch]) -> LabellingBatch:
@@ -104,7 +110,11 @@ class LabellingDataModule(LightningDataModule):
         self.images, self.root, self.directory, self.about = source, root, directory, about
         self.size, self.interpolation = size, interpolation
         self.batch_size, self.shard_size, self.num_workers = batch_size, shard_size, num_workers
-        self.missing = [number for number in range(self.num_shards()) if not self.is_whole(number)]
+        how = (directory, about, source, root)
+        rows = map(self.rows, range(self.num_shards()))
+        self.missing = [i for i, images in enumerate(rows) if not is_whole(i, images, *how)]
+        # Fewer shards may be missing than there are devices.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
 
     def num_shards(self) -> int:
         return -(-len(self.images) // self.shard_size)
@@ -114,20 +124,6 @@ class LabellingDataModule(LightningDataModule):
         start = number * self.shard_size
         return range(start, min(start + self.shard_size, len(self.images)))
 
-    def is_whole(self, number: int) -> bool:
-        """Whether a shard is there, of these images as they are now."""
-        path = shard_path(self.directory, number)
-        if not path.is_file():
-            return False
-        try:
-            shard = Shard(path, self.about)
-        except ValueError:  # damaged: made anew
-            return False
-        rows = self.rows(number)
-        stamps = [stamp_of(self.images, i, i == rows.start) for i in rows]
-        names = [name_of(self.images, i, self.root) for i in rows]
-        return shard.names == names and bool(np.array_equal(shard.stamps, stamps))
-
     def predict_dataloader(self) -> DataLoader[LabellingBatch]:
         trainer = self.trainer
         rank, world = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
@@ -135,7 +131,7 @@ class LabellingDataModule(LightningDataModule):
             len(self.images), self.missing[rank::world], self.shard_size, self.batch_size
         )
         return DataLoader(
-            WholeImages(self.images, self.size, self.interpolation),
+            WholeImages(self.images, self.size, self.interpolation, self.shard_size),
             batch_sampler=batches,
             num_workers=self.num_workers,
             collate_fn=collate,

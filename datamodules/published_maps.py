@@ -16,8 +16,8 @@ from datamodules.label_shards import (
     About,
     Labelled,
     begin,
+    is_whole,
     name_of,
-    shard_path,
     stamp_of,
     write_shard,
 )
@@ -52,14 +52,14 @@ def read_published(path: Path, num_classes: int) -> tuple[Tensor, Tensor]:
             f"{path} holds {what}; expected a tensor [2, k, rows, columns] of scores and classes"
         )
     scores, ids = content.movedim(1, -1).unbind(0)
-    ids = ids.float()
+    scores, ids = scores.half(), ids.float()
     is_class = (ids == ids.round()) & (ids >= 0) & (ids < num_classes)
     if not bool(is_class.all()) or not bool(scores.isfinite().all()):
         raise ValueError(
-            f"{path} has scores that are no numbers, or classes outside 0 to {num_classes - 1}; "
-            f"set --num-classes to those of its teacher, or fetch it again"
+            f"{path} has scores that are no numbers of half precision, or classes outside 0 to "
+            f"{num_classes - 1}; set --num-classes to those of its teacher, or fetch it again"
         )
-    return scores.half(), ids.int()
+    return scores, ids.int()
 
 
 def import_published(
@@ -81,20 +81,22 @@ def import_published(
             f"maps; make the maps with a teacher instead"
         )
 
-    def read(index: int) -> Labelled:
+    def read(index: int, is_first: bool) -> Labelled:
+        stamp = stamp_of(source, index, is_first)
         image = Path(source.describe(index))
         scores, ids = read_published(
             directory / image.parent.name / f"{image.stem}.pt", num_classes
         )
-        name, stamp = name_of(source, index, root), stamp_of(source, index)
-        return Labelled(name, stamp, scores, ids, None)
+        return Labelled(name_of(source, index, root), stamp, scores, ids, None)
 
-    top_k = read(0).scores.shape[-1]
-    begin(out, About(f"imported from {directory}", num_classes, top_k, remainder=False))
+    top_k = read(0, is_first=True).scores.shape[-1]
+    about = About(f"imported from {directory}", num_classes, top_k, remainder=False)
+    begin(out, about)
     with Bar("importing label maps", len(source)) as bar:
         for number, rows in enumerate(pieces(len(source), shard_size)):
-            if not shard_path(out, number).is_file():
-                write_shard(out, number, [read(index) for index in rows])
+            if not is_whole(number, rows, out, about, source, root):
+                maps = [read(index, index == rows.start) for index in rows]
+                write_shard(out, about, number, maps)
             bar.advance(len(rows))
 
 

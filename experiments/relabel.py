@@ -3,6 +3,8 @@
     patchlight relabel --teacher timm:dm_nfnet_f6 --data IMAGENET --image-size 576 --out MAPS
     patchlight relabel --teacher RUN/checkpoints/best.ckpt --data shapes --out MAPS
     patchlight relabel --teacher timm:resnet18 --weights FILE --data my_images --out MAPS
+    patchlight relabel --teacher RUN/checkpoints/best.ckpt --data torchvision:CIFAR10 --root DIR \
+        --out MAPS
     patchlight relabel --import PUBLISHED --num-classes 1000 --data IMAGENET --out MAPS
 
 Every training image is stretched to one size as a whole, and the teacher's global pooling is left
@@ -25,17 +27,19 @@ from torch import nn
 
 from callbacks.score_maps import ScoreMaps
 from datamodules.label_maps import LabelMaps
-from datamodules.label_shards import About, begin
+from datamodules.label_shards import About, begin, clear
 from datamodules.labelling import LabellingDataModule
 from datamodules.module import IMAGENET_MEAN, IMAGENET_STD
 from datamodules.published_maps import import_published
 from datamodules.sources import Source, open_source
-from experiments.subject import open_subject
+from experiments.subject import fingerprint, open_subject
 from modules.distillation import PRETRAINED, Distillation, load
 from modules.teachers import DenseTimm, Relabeling, dense
 from modules.weights import open_source as open_weights
+from modules.weights.files import State
 
-HEADS = ("aux_head", "head")  # the one that was trained on patches is meant, where there is one
+HEADS = ("aux_head", "head", "head_dist")
+SOURCE = {"root": "--root", "channels": "the teacher's", "split": "always training"}
 
 
 def options(text: str) -> dict[str, Any]:
@@ -66,6 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, help="a recipe that has the backbone")
     parser.add_argument("--import", dest="published", type=Path, help="published .pt maps")
     parser.add_argument("--data", required=True, help="a directory, or the name of a source")
+    parser.add_argument("--root", help="of a source that has files: its directory")
     parser.add_argument("--source-args", type=options, default={}, help="{name: value}")
     parser.add_argument("--out", type=Path, required=True, help="directory of the maps")
     parser.add_argument("--num-classes", type=int, help="of the teacher; those of the data")
@@ -105,17 +110,20 @@ def relabel(argv: Sequence[str]) -> int:
         if teacher is None:
             teacher, mean, std, side = timm_teacher(given, num_classes, channels)
         size = side if given.image_size is None else as_size(given.image_size)
+        module = Relabeling(teacher, mean, std, given.top, given.remainder)
         about = About(
-            describe(given, size), classes_of(teacher, size, channels), given.top, given.remainder
+            *(describe(given, size), classes_of(teacher, size, channels), given.top),
+            *(given.remainder, fingerprint(module), given.interpolation, given.precision),
         )
         begin(given.out, about)
         data = LabellingDataModule(
             *(source, root, given.out, about, size, given.interpolation),
             *(given.batch_size, given.shard_size, given.num_workers),
         )
-        predict(given, Relabeling(teacher, mean, std, given.top, given.remainder), data)
+        predict(given, module, data)
     if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
         return 0
+    clear(given.out, -(-len(source) // given.shard_size))
     maps = LabelMaps(given.out, source, root)
     maps.check_values()
     rows, columns = maps.largest()
@@ -150,10 +158,15 @@ def predict(given: argparse.Namespace, module: Relabeling, data: LabellingDataMo
 
 def open_images(given: argparse.Namespace, channels: int) -> tuple[Source, str | None]:
     """The training images, and the root that names are relative to."""
-    if Path(given.data).exists():
-        folder = open_source("folder", "train", given.data, channels=channels, **given.source_args)
-        return folder, given.data
-    return open_source(given.data, "train", None, channels=channels, **given.source_args), None
+    for name in given.source_args:
+        if name in SOURCE:
+            raise ValueError(f"--source-args has {name}; remove it: it is {SOURCE[name]}")
+    name, root = given.data, given.root
+    if Path(name).exists():
+        if root is not None:
+            raise ValueError(f"--root is {root}, but --data {name} is a directory itself; leave it")
+        name, root = "folder", given.data
+    return open_source(name, "train", root, channels=channels, **given.source_args), root
 
 
 def as_size(sides: Sequence[int]) -> tuple[int, int]:
@@ -195,12 +208,19 @@ def teacher_of_ours(
     """A network of a checkpoint with its head, and the same of it."""
     subject = open_subject(given.teacher, given.network, given.config)
     state = open_weights(given.teacher)[subject.network]
-    head = next((name for name in HEADS if f"{name}.weight" in state), None)
-    if head is None:
+    heads = {name: linear(state, name) for name in HEADS if f"{name}.weight" in state}
+    if not {"aux_head", "head"} & set(heads):
         raise ValueError(
             f"{given.teacher} ({subject.network}) has no head that knows classes; take a network "
             f"that was trained on labels"
         )
-    teacher = dense(subject.backbone, state[f"{head}.weight"], state[f"{head}.bias"])
+    teacher = dense(subject.backbone, heads)
     side = subject.backbone.image_size or (224, 224)
     return teacher, subject.mean, subject.std, side, subject.backbone.in_channels
+
+
+def linear(state: State, name: str) -> nn.Linear:
+    weight, bias = state[f"{name}.weight"], state[f"{name}.bias"]
+    layer = nn.Linear(weight.shape[1], weight.shape[0])
+    layer.load_state_dict({"weight": weight, "bias": bias})
+    return layer

@@ -14,6 +14,7 @@ import yaml
 from lightning.pytorch import seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
+from torch import nn
 
 from callbacks.checkpoint import read_checkpoint
 from datamodules.module import IMAGENET_MEAN, IMAGENET_STD
@@ -245,16 +246,16 @@ def backbone_told_by(state: State, checkpoint: str) -> Backbone:
     return kind(**{k: built[k](**v) if k in built else v for k, v in found.items()})
 
 
-def fingerprint(backbone: Backbone) -> str:
-    """Changes with whatever the backbone's output is a function of: options, tables, weights."""
+def fingerprint(network: nn.Module) -> str:
+    """Changes with whatever the network's output is a function of: options, tables, weights."""
     digest = hashlib.sha256()
-    for name, module in backbone.named_modules():
+    for name, module in network.named_modules():
         digest.update(f"{name} {type(module).__name__}".encode())
         options = {k: v for k, v in vars(module).items() if is_plain(v) and k[0] != "_"}
         options.pop("training")
         digest.update(repr(sorted(options.items())).encode())
     # Fixed tables are no part of a state dict, but of what it computes.
-    for name, tensor in sorted((*backbone.named_parameters(), *backbone.named_buffers())):
+    for name, tensor in sorted((*network.named_parameters(), *network.named_buffers())):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -10,7 +10,12 @@ from datamodules.sources import Source
 
 
 def labelled(
-    source: Source, index: int, root: str | None, about: About, grid: tuple[int, int]
+    source: Source,
+    index: int,
+    root: str | None,
+    about: About,
+    grid: tuple[int, int],
+    is_first: bool = False,
 ) -> Labelled:
     """A map whose every cell is sure of the image's class; the others are drawn by its index."""
     generator = torch.Generator().manual_seed(index)
@@ -19,7 +24,7 @@ def labelled(
     best = scores.topk(about.top_k, dim=-1)
     left = scores.scatter(-1, best.indices, -torch.inf)
     remainder: Tensor | None = left.logsumexp(-1) if about.remainder else None
-    name, stamp = name_of(source, index, root), stamp_of(source, index)
+    name, stamp = name_of(source, index, root), stamp_of(source, index, is_first)
     return Labelled(name, stamp, best.values, best.indices, remainder)
 
 
@@ -39,4 +44,4 @@ def write_maps(
     for number, start in enumerate(range(0, len(source), shard_size)):
         rows = range(start, min(start + shard_size, len(source)))
         maps = [labelled(source, i, root, about, grid) for i in rows]
-        write_shard(directory, number, maps)
+        write_shard(directory, about, number, maps)

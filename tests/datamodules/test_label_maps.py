@@ -10,10 +10,20 @@ import torch
 from PIL import Image
 
 from datamodules.label_maps import LabelMaps
-from datamodules.label_shards import About, Labelled, begin, read_about, shard_path, write_shard
+from datamodules.label_shards import (
+    About,
+    Labelled,
+    begin,
+    clear,
+    is_whole,
+    name_of,
+    read_about,
+    shard_path,
+    write_shard,
+)
 from datamodules.published_maps import import_published
 from datamodules.sources import Source, open_source
-from tests.label_maps import write_maps
+from tests.label_maps import labelled, write_maps
 
 
 def shapes(count: int = 12) -> Source:
@@ -37,8 +47,8 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         ids = torch.randint(30_000, 40_000, (*grid, 2), dtype=torch.int32)
         scores, remainder = torch.randn(*grid, 2).half(), torch.randn(*grid).half()
         maps.append(Labelled(f"shapes/train[{i}]", -1, scores, ids, remainder))
-    write_shard(tmp_path, 0, maps[:2])
-    write_shard(tmp_path, 1, maps[2:])
+    write_shard(tmp_path, about, 0, maps[:2])
+    write_shard(tmp_path, about, 1, maps[2:])
     assert read_about(tmp_path) == about
     found = LabelMaps(tmp_path, source, None)
     found.check_values()
@@ -82,7 +92,7 @@ def rewrite(directory: Path, ids: int, score: float) -> None:
         Labelled(f"shapes/train[{i}]", -1, torch.ones(2, 2, 3), torch.ones(2, 2, 3), None)
         for i in (5, 6)
     ]
-    write_shard(directory, 1, [*fine, one])
+    write_shard(directory, read_about(directory), 1, [*fine, one])
 
 
 @pytest.mark.parametrize(
@@ -163,6 +173,67 @@ def publish(root: Path, source: Source, rows: int = 3, columns: int = 2) -> None
         torch.save(torch.stack([scores, ids]).half(), path)
 
 
+def test_two_maps_of_an_image_are_refused(tmp_path: Path) -> None:
+    """As a run in larger shards leaves them that was stopped; shards of other images come last."""
+    write_maps(tmp_path, shapes(), shard_size=2)
+    write_maps(tmp_path, shapes(), shard_size=6)
+    with pytest.raises(ValueError, match=r"shapes/train\[4\] has 2 label maps, in .*maps-00000.*2"):
+        LabelMaps(tmp_path, shapes(), None)
+    clear(tmp_path, 2)
+    assert len(LabelMaps(tmp_path, shapes(), None).shards) == 2
+
+
+def test_an_image_that_a_list_has_twice(tmp_path: Path) -> None:
+    folder(tmp_path)
+    (tmp_path / "list.txt").write_text("train/a/1.png 0\ntrain/a/1.png 0\ntrain/b/3.png 1\n")
+    options = {"val_root": str(tmp_path / "val")}
+    root = str(tmp_path / "list.txt")
+    source = open_source("folder", "train", root, channels=3, **options)
+    write_maps(tmp_path / "maps", source, root)
+    assert len(LabelMaps(tmp_path / "maps", source, root).places) == 3
+
+
+def test_the_first_image_of_every_shard_is_compared(tmp_path: Path) -> None:
+    plain = open_source("shapes", "train", None, channels=3, num_train=4, num_val=1, texture=0.0)
+    about = About("a test", 10, 3, remainder=False)
+    begin(tmp_path, about)
+    for number, source in enumerate((shapes(4), plain)):
+        rows = range(2 * number, 2 * number + 2)
+        maps = [labelled(source, i, None, about, (2, 2), i == rows.start) for i in rows]
+        write_shard(tmp_path, about, number, maps)
+    with pytest.raises(ValueError, match=r"shapes/train\[2\] is not the image that its label map"):
+        LabelMaps(tmp_path, shapes(4), None)
+
+
+def test_shards_know_whose_they_are(tmp_path: Path) -> None:
+    """Also when `maps.json` was deleted, as a damaged one is to be."""
+    source, root, maps = folder(tmp_path), str(tmp_path), tmp_path / "maps"
+    write_maps(maps, source, root)
+    assert is_whole(0, range(3), maps, read_about(maps), source, root)
+    (maps / "maps.json").unlink()
+    other = About("a test", 10, 3, remainder=False, fingerprint="other")
+    begin(maps, other)
+    assert not is_whole(0, range(3), maps, other, source, root)
+    with pytest.raises(
+        ValueError, match=r"maps-00000.*\(it is of another teacher or other options"
+    ):
+        LabelMaps(maps, source, root)
+
+
+@pytest.mark.parametrize("root", ["{}/images", "{}/images/train/..", "{}/images/list.txt"])
+def test_names_are_below_the_root(tmp_path: Path, root: str) -> None:
+    images, broken = tmp_path / "images", "train/a/4\n5.png"
+    folder(images, ("a/1.png", "a/4\n5.png", "b/3.png"))
+    (images / "list.txt").write_text("train/a/1.png 0\ntrain/b/3.png 1\n")
+    root = root.format(tmp_path)
+    source = open_source("folder", "train", root, channels=3, val_root=str(images / "val"))
+    assert name_of(source, 0, root) == "train/a/1.png"
+    write_maps(tmp_path / "maps", source, root)
+    maps = LabelMaps(tmp_path / "maps", source, root)
+    if not root.endswith(".txt"):
+        assert maps.shards[0].names[1] == broken.replace("\n", "\\n")
+
+
 def test_published_maps_come_in(tmp_path: Path) -> None:
     source = folder(tmp_path / "images")
     publish(tmp_path / "pt", source)
@@ -178,12 +249,16 @@ def test_published_maps_come_in(tmp_path: Path) -> None:
         image = Path(source.describe(index))
         scores = torch.load(tmp_path / "pt" / image.parent.name / f"{image.stem}.pt")[0]
         assert np.array_equal(labels.scores, scores.permute(1, 2, 0).float().numpy())
-    # A second call does nothing that was done.
+    # A second call does nothing that was done, and again what was damaged or is no longer so.
     whole = shard_path(tmp_path / "maps", 0).stat().st_mtime_ns
-    shard_path(tmp_path / "maps", 1).unlink()
-    import_published(*given, num_classes=10, shard_size=2)
-    assert shard_path(tmp_path / "maps", 0).stat().st_mtime_ns == whole
-    assert shard_path(tmp_path / "maps", 1).is_file()
+    harms = (Path.unlink, truncate, lambda _: os.utime(source.describe(2), ns=(9, 9)))
+    for harm in harms:
+        harm(shard_path(tmp_path / "maps", 1))
+        import_published(*given, num_classes=10, shard_size=2)
+        assert shard_path(tmp_path / "maps", 0).stat().st_mtime_ns == whole
+        LabelMaps(tmp_path / "maps", source, str(tmp_path / "images")).check_values()
+    maps = LabelMaps(tmp_path / "maps", source, str(tmp_path / "images"))
+    assert maps.shards[1].stamps.tolist() == [9]
 
 
 class Hostile:
@@ -203,7 +278,11 @@ def test_published_maps_that_are_bad_are_named(tmp_path: Path) -> None:
         (Hostile(mark), "2.x.pt was refused and nothing of it was run"),
         ([1, 2], r"2.x.pt holds list; expected a tensor \[2, k, rows, columns\]"),
         (torch.ones(3, 5, 2, 2), r"2.x.pt holds \[3, 5, 2, 2\]"),
-        (torch.full((2, 5, 2, 2), 0.5), "2.x.pt has scores that are no numbers, or classes"),
+        (torch.full((2, 5, 2, 2), 1e6), "2.x.pt has scores that are no numbers of half precision"),
+        (
+            torch.full((2, 5, 2, 2), 0.5),
+            "2.x.pt has scores that are no numbers of half precision, or classes",
+        ),
     ):
         torch.save(content, bad)
         with pytest.raises(ValueError, match=says):

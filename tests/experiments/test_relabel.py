@@ -2,17 +2,22 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import timm
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities.data import has_len_all_ranks
 from PIL import Image
+from torchvision import datasets
 
 from callbacks.score_maps import ScoreMaps
 from datamodules.label_maps import LabelMaps
-from datamodules.label_shards import shard_path
+from datamodules.label_shards import About, shard_path
+from datamodules.labelling import LabellingDataModule
 from datamodules.sources import open_source
 from experiments.relabel import relabel
 from tests import small
@@ -172,3 +177,86 @@ def test_another_teacher_does_not_go_on(teacher: list[str], tmp_path: Path) -> N
         relabel([*run, "--image-size", "96"])
     with pytest.raises(ValueError, match="top_k is 11; expected 1 to 10"):
         relabel([*run, "--image-size", "64", "--top", "11"])
+
+
+def test_what_is_not_made_alike_does_not_go_on(teacher: list[str], tmp_path: Path) -> None:
+    """Other weights in the same file, or the same that see images otherwise."""
+    weights = tmp_path / "weights.pth"
+    weights.write_bytes(Path(teacher[-1]).read_bytes())
+    run = [*teacher[:-1], str(weights), *SHAPES, *SMALL, "--image-size", "64"]
+    run += ["--out", str(tmp_path / "maps")]
+    relabel(run)
+    relabel(run)  # nothing is missing
+    with pytest.raises(ValueError, match="with interpolation 'bicubic', now it is 'bilinear'"):
+        relabel([*run, "--interpolation", "bilinear"])
+    with pytest.raises(ValueError, match="with precision '32-true', now it is 'bf16-mixed'"):
+        relabel([*run, "--precision", "bf16-mixed"])
+    state = torch.load(weights)
+    torch.save({**state, "fc.bias": state["fc.bias"] + 1}, weights)
+    with pytest.raises(ValueError, match=r"with fingerprint '.*', now it is '.*'; name another"):
+        relabel(run)
+
+
+def test_larger_shards_leave_none_of_the_smaller_ones(teacher: list[str], tmp_path: Path) -> None:
+    run = [*teacher, *SHAPES, *SMALL, "--image-size", "64", "--out", str(tmp_path)]
+    relabel(run)
+    (tmp_path / ".maps-00000.safetensors.123").write_bytes(b"half")
+    relabel([*run, "--shard-size", "8"])
+    assert list(contents(tmp_path)) == [
+        "maps-00000.safetensors",
+        "maps-00001.safetensors",
+        "maps.json",
+    ]
+
+
+def test_fewer_missing_shards_than_devices(tmp_path: Path) -> None:
+    """A device without a shard has no batches, and Lightning lets it wait for the others."""
+    source = open_source("shapes", "train", None, channels=3, **ARGS)
+    about = About("someone", 10, 3, remainder=False)
+    data = LabellingDataModule(source, None, tmp_path, about, (8, 8), "bilinear", 2, 100, 0)
+    data.trainer = SimpleNamespace(global_rank=1, world_size=2)  # type: ignore[assignment]
+    loader = data.predict_dataloader()
+    assert len(loader) == 0
+    strategy = SingleDeviceStrategy("cpu")
+    strategy.reduce = lambda *_, **__: torch.tensor(5)  # type: ignore[method-assign]
+    assert has_len_all_ranks(
+        loader, strategy, data.allow_zero_length_dataloader_with_multiple_devices
+    )
+
+
+@pytest.mark.parametrize(("bias", "says"), [(1e5, r"is 1e\+05;"), (float("nan"), "is NaN;")])
+def test_scores_that_no_map_can_hold_stop_it_at_once(
+    teacher: list[str], bias: float, says: str, tmp_path: Path
+) -> None:
+    state = torch.load(teacher[-1])
+    torch.save({**state, "fc.bias": state["fc.bias"] + bias}, tmp_path / "weights.pth")
+    run = [*teacher[:-1], str(tmp_path / "weights.pth"), *SHAPES, *SMALL, "--image-size", "64"]
+    with pytest.raises(ValueError, match=rf"score of shapes/train\[0\] {says} expected .*65504"):
+        relabel([*run, "--out", str(tmp_path / "maps")])
+    assert list(contents(tmp_path / "maps")) == ["maps.json"]
+
+
+def test_data_of_torchvision(
+    teacher: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Few(datasets.VisionDataset):
+        def __init__(self, root: str, train: bool = True) -> None:
+            super().__init__(root)
+            self.targets = list(range(10))
+
+        def __len__(self) -> int:
+            return len(self.targets)
+
+        def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+            return Image.new("RGB", (40, 30), (9 * index, 0, 0)), index
+
+    monkeypatch.setattr(datasets, "Few", Few, raising=False)
+    run = [*teacher, "--data", "torchvision:Few", "--num-workers", "0", *SMALL]
+    run += ["--image-size", "64", "--out", str(tmp_path / "maps")]
+    assert relabel([*run, "--root", str(tmp_path)]) == 0
+    source = open_source("torchvision:Few", "train", str(tmp_path), channels=3)
+    assert LabelMaps(tmp_path / "maps", source, str(tmp_path)).read(9, "zeros").ids.any()
+    with pytest.raises(ValueError, match="--source-args has root; remove it: it is --root"):
+        relabel([*run, "--source-args", "{root: here}"])
+    with pytest.raises(ValueError, match=r"--root is .*, but --data .* is a directory itself"):
+        relabel([*run, "--root", "x", "--data", str(tmp_path)])
