@@ -181,9 +181,14 @@ def begin(directory: Path, about: About) -> None:
     """Make the directory, or go on in one that was begun alike.
 
     Raises:
-        ValueError: one that holds maps of another teacher or other options.
+        ValueError: one that holds maps of another teacher or other options, or a file.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise ValueError(
+            f"{directory} is a file; expected a directory for the maps, name another"
+        ) from None
     if (directory / ABOUT).exists():
         before = read_about(directory)
         for field in fields(About):

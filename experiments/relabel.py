@@ -39,6 +39,18 @@ from modules.weights import open_source as open_weights
 from modules.weights.files import State
 
 HEADS = ("aux_head", "head", "head_dist")
+# Options that nothing would read.
+WITHOUT = {
+    "--import": "weights network config image_size interpolation top remainder precision",
+    "--teacher timm:NAME": "network config",
+    "--teacher CHECKPOINT": "weights num_classes",
+}
+# What others call the options here.
+NAMES = {
+    "distillation.teacher": "--teacher",
+    "distillation.weights": "--weights",
+    "model.num_classes": "--num-classes",
+}
 SOURCE = {"root": "--root", "channels": "the teacher's", "split": "always training"}
 
 
@@ -83,15 +95,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-workers", type=int, default=2, help="%(default)s")
     parser.add_argument("--devices", default="auto", help="how many; %(default)s")
     parser.add_argument("--accelerator", default="auto", help="%(default)s")
-    parser.add_argument("--precision", default="32-true", help="bf16-mixed, ...; %(default)s")
+    precisions = ("32-true", "bf16-mixed", "16-mixed")
+    parser.add_argument("--precision", choices=precisions, default=precisions[0])
     return parser
 
 
 def relabel(argv: Sequence[str]) -> int:
     """The verb."""
     given = make_parser().parse_args(argv)
-    if (given.teacher is None) == (given.published is None):
-        raise ValueError("name a teacher (--teacher), or published maps to import (--import)")
+    check_options(given)
     channels = 3
     teacher: nn.Module | None = None
     mean: tuple[float, ...] = IMAGENET_MEAN
@@ -101,9 +113,10 @@ def relabel(argv: Sequence[str]) -> int:
         teacher, mean, std, side, channels = teacher_of_ours(given)
     source, root = open_images(given, channels)
     num_classes = given.num_classes or len(source.class_names)
-    if not num_classes:
+    if not num_classes and teacher is None:
         raise ValueError("the data has no labels that tell the classes; name --num-classes")
     if given.published is not None:
+        check_classes(num_classes, source)
         how = (given.published, given.out, source, root, num_classes, given.shard_size)
         import_published(*how)
     else:
@@ -111,9 +124,13 @@ def relabel(argv: Sequence[str]) -> int:
             teacher, mean, std, side = timm_teacher(given, num_classes, channels)
         size = side if given.image_size is None else as_size(given.image_size)
         module = Relabeling(teacher, mean, std, given.top, given.remainder)
+        known = classes_of(teacher, size, channels)
+        check_classes(known, source)
+        if not 1 <= given.top <= known:
+            raise ValueError(f"--top is {given.top}; expected 1 to {known}, the teacher's classes")
         about = About(
-            *(describe(given, size), classes_of(teacher, size, channels), given.top),
-            *(given.remainder, fingerprint(module), given.interpolation, given.precision),
+            *(describe(given, size), known, given.top, given.remainder),
+            *(fingerprint(module), given.interpolation, given.precision),
         )
         begin(given.out, about)
         data = LabellingDataModule(
@@ -132,6 +149,27 @@ def relabel(argv: Sequence[str]) -> int:
         f"{maps.about.top_k} of {maps.about.num_classes} classes each"
     )
     return 0
+
+
+def check_options(given: argparse.Namespace) -> None:
+    """Refuse what would be ignored."""
+    if (given.teacher is None) == (given.published is None):
+        raise ValueError("name a teacher (--teacher), or published maps to import (--import)")
+    is_timm = given.teacher is not None and given.teacher.startswith("timm:")
+    kind = "--import" if given.teacher is None else tuple(WITHOUT)[1 if is_timm else 2]
+    for name in WITHOUT[kind].split():
+        value = getattr(given, name)
+        if value != make_parser().get_default(name):
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} is {value}, which nothing reads with {kind}; leave it")
+
+
+def check_classes(num_classes: int, source: Source) -> None:
+    if len(source.class_names) > num_classes:
+        raise ValueError(
+            f"the maps are of {num_classes} classes, but the data has {len(source.class_names)}; "
+            f"take a teacher of these classes"
+        )
 
 
 def predict(given: argparse.Namespace, module: Relabeling, data: LabellingDataModule) -> None:
@@ -197,7 +235,13 @@ def timm_teacher(
 ) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...], tuple[int, int]]:
     """A timm network with weights, what it is normalised with, and its size."""
     name = given.teacher.removeprefix("timm:")
-    network = load(Distillation(name, given.weights or PRETRAINED), num_classes, channels)
+    try:
+        network = load(Distillation(name, given.weights or PRETRAINED), num_classes, channels)
+    except ValueError as error:
+        said = str(error)
+        for theirs, ours in NAMES.items():
+            said = said.replace(theirs, ours)
+        raise ValueError(said) from error
     config: Any = network.pretrained_cfg
     return DenseTimm(network), config["mean"], config["std"], config["input_size"][1:]
 

@@ -133,7 +133,7 @@ class TokenLabeling(LightningModule):
         mix_tokens: MixToken: one box for a "batch" of a device, as published, or for every
             "pair"; null for none.
         ground_truth: the image's label has a part in its target: a half where the teacher agrees,
-            a tenth where it does not.
+            a tenth where it does not. Data without maps has no other target anyway.
         label_smoothing: share of all targets spread evenly over all classes.
         weights: what to start from: a file of ours, LV-ViT's or timm's (`modules.weights`); every
             tensor of it has to be used.
@@ -193,6 +193,8 @@ class TokenLabeling(LightningModule):
         check_classes(data, self.num_classes)
         check_precision(self.trainer)
         fit_data(data, self.classifier.backbone)
+        if isinstance(data, TokenLabelDataModule) and self.dense_weight == 0:
+            data.label_size = (1, 1)  # nothing would read labels of tokens
         check_token_labels(data, self.num_classes, self.dense_weight > 0)
         size = getattr(data, "batch_size", 0)
         if self.mix_tokens == "pair" and size % 2:

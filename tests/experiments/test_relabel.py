@@ -136,6 +136,13 @@ def test_a_checkpoint_of_ours_is_a_teacher(tmp_path: Path) -> None:
     assert maps.about.num_classes == 10
     assert maps.read(0, "zeros").ids.shape == (2, 2, 5)
     assert maps.about.teacher.endswith("averaged at 16x16")
+    # A checkpoint tells its classes, so that images need none.
+    Image.new("L", (16, 16)).save(tmp_path / "0.png")
+    run = ["--teacher", str(last), "--data", str(tmp_path), *SMALL, "--num-workers", "0"]
+    run += ["--source-args", json.dumps({"val_root": str(tmp_path)})]
+    assert relabel([*run, "--out", str(tmp_path / "unlabelled")]) == 0
+    with pytest.raises(ValueError, match=r"0.png is a file; expected a directory for the maps"):
+        relabel([*run, "--out", str(tmp_path / "0.png")])
 
 
 @pytest.mark.parametrize(
@@ -145,6 +152,11 @@ def test_a_checkpoint_of_ours_is_a_teacher(tmp_path: Path) -> None:
         (["--teacher", "timm:nothing"], "no model that timm knows"),
         (["--teacher", "nowhere.ckpt"], "no such file"),
         (["--import", "nowhere"], r"shapes|there is no label map"),
+        (["--import", "nowhere", "--top", "3"], "--top is 3, which nothing reads with --import"),
+        (["--teacher", "timm:resnet18", "--network", "x"], "--network is x, which nothing reads"),
+        (["--teacher", "x.ckpt", "--num-classes", "7"], "--num-classes is 7, which nothing reads"),
+        (["--teacher", "timm:resnet18", "--weights", "x"], "--weights: there is no file x"),
+        (["--import", "nowhere", "--num-classes", "9"], "of 9 classes, but the data has 10; take"),
     ],
 )
 def test_errors_name_the_fix(arguments: list[str], says: str, tmp_path: Path) -> None:
@@ -175,7 +187,7 @@ def test_another_teacher_does_not_go_on(teacher: list[str], tmp_path: Path) -> N
     relabel([*run, "--image-size", "64"])
     with pytest.raises(ValueError, match=r"holds maps with teacher .* at 64x64.* now it is"):
         relabel([*run, "--image-size", "96"])
-    with pytest.raises(ValueError, match="top_k is 11; expected 1 to 10"):
+    with pytest.raises(ValueError, match="--top is 11; expected 1 to 10"):
         relabel([*run, "--image-size", "64", "--top", "11"])
 
 

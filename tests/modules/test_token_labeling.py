@@ -389,7 +389,9 @@ def test_options_change_what_is_learned(maps: Path, tmp_path: Path) -> None:
 
 
 def test_relabel_alone_and_no_maps_at_all(maps: Path, tmp_path: Path) -> None:
-    crop = fit(tmp_path / "crop", method(dense_weight=0.0), data(maps, label_size=1))
+    given = data(maps)
+    crop = fit(tmp_path / "crop", method(dense_weight=0.0), given)
+    assert given.label_size == (1, 1)
     assert "train/token_loss" not in crop.metrics
     plain = ImageDataModule(
         "shapes", source_args={"num_train": 20, "num_val": 4}, batch_size=4, num_workers=0
