@@ -8,6 +8,7 @@ anything in them.
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,8 +28,8 @@ from datamodules.sources import Source
 EXACT = 2048  # the largest class id of which half precision knows the neighbours
 
 
-def read_published(path: Path, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Scores [rows, columns, k] and class ids of one file.
+def read_published(path: Path, num_classes: int, top_k: int | None = None) -> tuple[Tensor, Tensor]:
+    """Scores [rows, columns, k] and class ids of one file; of any k where `top_k` is None.
 
     Raises:
         ValueError: a file that is missing, refused, damaged or of other classes; names it.
@@ -46,10 +47,10 @@ def read_published(path: Path, num_classes: int) -> tuple[Tensor, Tensor]:
             f"{path} was refused and nothing of it was run: it is no tensor ({reason}); fetch it "
             f"again"
         ) from error
-    if not isinstance(content, Tensor) or content.ndim != 4 or content.shape[0] != 2:
-        what = list(content.shape) if isinstance(content, Tensor) else type(content).__name__
+    if (what := problem(content, top_k)) is not None:
+        k = "k" if top_k is None else top_k
         raise ValueError(
-            f"{path} holds {what}; expected a tensor [2, k, rows, columns] of scores and classes"
+            f"{path} holds {what}; expected a tensor [2, {k}, rows, columns] of scores and classes"
         )
     scores, ids = content.movedim(1, -1).unbind(0)
     scores, ids = scores.half(), ids.float()
@@ -59,7 +60,25 @@ def read_published(path: Path, num_classes: int) -> tuple[Tensor, Tensor]:
             f"{path} has scores that are no numbers of half precision, or classes outside 0 to "
             f"{num_classes - 1}; set --num-classes to those of its teacher, or fetch it again"
         )
+    ordered = ids.sort(dim=-1).values
+    if bool((ordered[..., 1:] == ordered[..., :-1]).any()):
+        raise ValueError(f"{path} has a class twice in a cell; expected each once, fetch it again")
     return scores, ids.int()
+
+
+def problem(content: Any, top_k: int | None) -> str | None:
+    """What a file holds in the place of a map; None where it is one."""
+    if not isinstance(content, Tensor):
+        return type(content).__name__
+    is_plain = content.layout == torch.strided and content.device.type == "cpu"
+    if not is_plain or not content.is_floating_point():
+        return f"{content.dtype} {content.layout} on {content.device}"
+    is_map = content.ndim == 4 and content.shape[0] == 2 and content.numel() > 0
+    if not is_map or (top_k is not None and content.shape[1] != top_k):
+        return str(list(content.shape))
+    if content.untyped_storage().nbytes() < content.nbytes:
+        return f"{list(content.shape)}, of which most is not in the file"
+    return None
 
 
 def import_published(
@@ -81,15 +100,16 @@ def import_published(
             f"maps; make the maps with a teacher instead"
         )
 
+    def file_of(index: int) -> Path:
+        image = Path(source.describe(index))
+        return directory / image.parent.name / f"{image.stem}.pt"
+
     def read(index: int, is_first: bool) -> Labelled:
         stamp = stamp_of(source, index, is_first)
-        image = Path(source.describe(index))
-        scores, ids = read_published(
-            directory / image.parent.name / f"{image.stem}.pt", num_classes
-        )
+        scores, ids = read_published(file_of(index), num_classes, top_k)
         return Labelled(name_of(source, index, root), stamp, scores, ids, None)
 
-    top_k = read(0, is_first=True).scores.shape[-1]
+    top_k = read_published(file_of(0), num_classes)[0].shape[-1]
     about = About(f"imported from {directory}", num_classes, top_k, remainder=False)
     begin(out, about)
     with Bar("importing label maps", len(source)) as bar:

@@ -274,15 +274,20 @@ def test_published_maps_that_are_bad_are_named(tmp_path: Path) -> None:
     publish(tmp_path / "pt", source)
     given = (tmp_path / "pt", tmp_path / "maps", source, str(tmp_path / "images"))
     bad, mark = tmp_path / "pt" / "a" / "2.x.pt", tmp_path / "ran"
+    ids = torch.arange(5.0).view(5, 1, 1).expand(5, 2, 2)
     for content, says in (
         (Hostile(mark), "2.x.pt was refused and nothing of it was run"),
-        ([1, 2], r"2.x.pt holds list; expected a tensor \[2, k, rows, columns\]"),
+        ([1, 2], r"2.x.pt holds list; expected a tensor \[2, 5, rows, columns\]"),
         (torch.ones(3, 5, 2, 2), r"2.x.pt holds \[3, 5, 2, 2\]"),
-        (torch.full((2, 5, 2, 2), 1e6), "2.x.pt has scores that are no numbers of half precision"),
-        (
-            torch.full((2, 5, 2, 2), 0.5),
-            "2.x.pt has scores that are no numbers of half precision, or classes",
-        ),
+        (torch.ones(2, 4, 2, 2), r"2.x.pt holds \[2, 4, 2, 2\]; expected a tensor \[2, 5, rows"),
+        (torch.ones(2, 5, 0, 0), r"2.x.pt holds \[2, 5, 0, 0\]"),
+        (torch.ones(2, 5, 2, 2).int(), r"2.x.pt holds torch.int32"),
+        (torch.ones(2, 5, 2, 2).to_sparse(), r"2.x.pt holds .* torch.sparse_coo on cpu"),
+        (torch.ones(2, 5, 2, 2, device="meta"), r"2.x.pt holds .* on meta"),
+        (torch.ones(1).expand(2, 5, 9**6, 9**6), r"2.x.pt holds .* most is not in the file"),
+        (torch.ones(2, 5, 2, 2), r"2.x.pt has a class twice in a cell"),
+        (torch.full((2, 5, 2, 2), 0.5), r"2.x.pt has .*, or classes outside 0 to 9"),
+        (torch.stack([ids * 1e6, ids]), "2.x.pt has scores that are no numbers of half precision"),
     ):
         torch.save(content, bad)
         with pytest.raises(ValueError, match=says):

@@ -136,13 +136,21 @@ def test_a_checkpoint_of_ours_is_a_teacher(tmp_path: Path) -> None:
     assert maps.about.num_classes == 10
     assert maps.read(0, "zeros").ids.shape == (2, 2, 5)
     assert maps.about.teacher.endswith("averaged at 16x16")
+    for name in "abcdefghijkl":
+        (tmp_path / "twelve" / name).mkdir(parents=True)
+        Image.new("L", (16, 16)).save(tmp_path / "twelve" / name / "0.png")
+    many = ["--data", str(tmp_path / "twelve"), "--source-args", "{val_fraction: 0.5}"]
+    with pytest.raises(ValueError, match="maps are of 10 classes, but the data has 12; take a"):
+        relabel(["--teacher", str(last), *many, "--out", str(tmp_path / "none")])
     # A checkpoint tells its classes, so that images need none.
-    Image.new("L", (16, 16)).save(tmp_path / "0.png")
-    run = ["--teacher", str(last), "--data", str(tmp_path), *SMALL, "--num-workers", "0"]
-    run += ["--source-args", json.dumps({"val_root": str(tmp_path)})]
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    Image.new("L", (16, 16)).save(flat / "0.png")
+    run = ["--teacher", str(last), "--data", str(flat), *SMALL, "--num-workers", "0"]
+    run += ["--source-args", json.dumps({"val_root": str(flat)})]
     assert relabel([*run, "--out", str(tmp_path / "unlabelled")]) == 0
     with pytest.raises(ValueError, match=r"0.png is a file; expected a directory for the maps"):
-        relabel([*run, "--out", str(tmp_path / "0.png")])
+        relabel([*run, "--out", str(flat / "0.png")])
 
 
 @pytest.mark.parametrize(
