@@ -14,7 +14,8 @@ the maps of images anew that were changed since.
 
 import argparse
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,9 @@ NAMES = {
     "distillation.teacher": "--teacher",
     "distillation.weights": "--weights",
     "model.num_classes": "--num-classes",
+    "data.source_args": "--source-args",
+    "data.source": "--data",
+    "data.root": "--root",
 }
 SOURCE = {"root": "--root", "channels": "the teacher's", "split": "always training"}
 
@@ -151,6 +155,18 @@ def relabel(argv: Sequence[str]) -> int:
     return 0
 
 
+@contextmanager
+def own_names() -> Iterator[None]:
+    """Errors of others name the options here."""
+    try:
+        yield
+    except ValueError as error:
+        said = str(error)
+        for theirs, ours in NAMES.items():
+            said = said.replace(theirs, ours)
+        raise ValueError(said) from error
+
+
 def check_options(given: argparse.Namespace) -> None:
     """Refuse what would be ignored."""
     if (given.teacher is None) == (given.published is None):
@@ -204,7 +220,8 @@ def open_images(given: argparse.Namespace, channels: int) -> tuple[Source, str |
         if root is not None:
             raise ValueError(f"--root is {root}, but --data {name} is a directory itself; leave it")
         name, root = "folder", given.data
-    return open_source(name, "train", root, channels=channels, **given.source_args), root
+    with own_names():
+        return open_source(name, "train", root, channels=channels, **given.source_args), root
 
 
 def as_size(sides: Sequence[int]) -> tuple[int, int]:
@@ -235,13 +252,8 @@ def timm_teacher(
 ) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...], tuple[int, int]]:
     """A timm network with weights, what it is normalised with, and its size."""
     name = given.teacher.removeprefix("timm:")
-    try:
+    with own_names():
         network = load(Distillation(name, given.weights or PRETRAINED), num_classes, channels)
-    except ValueError as error:
-        said = str(error)
-        for theirs, ours in NAMES.items():
-            said = said.replace(theirs, ours)
-        raise ValueError(said) from error
     config: Any = network.pretrained_cfg
     return DenseTimm(network), config["mean"], config["std"], config["input_size"][1:]
 

@@ -276,6 +276,8 @@ def test_data_of_torchvision(
     assert relabel([*run, "--root", str(tmp_path)]) == 0
     source = open_source("torchvision:Few", "train", str(tmp_path), channels=3)
     assert LabelMaps(tmp_path / "maps", source, str(tmp_path)).read(9, "zeros").ids.any()
+    with pytest.raises(ValueError, match="torchvision:Few needs --root"):
+        relabel(run)
     with pytest.raises(ValueError, match="--source-args has root; remove it: it is --root"):
         relabel([*run, "--source-args", "{root: here}"])
     with pytest.raises(ValueError, match=r"--root is .*, but --data .* is a directory itself"):
