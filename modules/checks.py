@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -109,6 +110,32 @@ def check_token_labels(data: Any, num_classes: int, are_dense: bool) -> None:
         raise ValueError(
             f"token labelling takes one view an image, of one size, which {type(data).__name__} "
             f"does not give; use datamodules.TokenLabelDataModule, or ImageDataModule without maps"
+        )
+
+
+def check_patches(data: TokenLabelDataModule, backbone: Backbone) -> None:
+    """Refuse a backbone whose patches are not the squares that have labels.
+
+    Those that take masks cut images into such squares; others are asked.
+
+    Raises:
+        ValueError: other patches.
+    """
+    if backbone.takes_masks:
+        return
+    modes = [(part, part.training) for part in backbone.modules()]
+    (height, width), like = data.known_size(), next(backbone.parameters())
+    with torch.no_grad():
+        images = torch.zeros(1, backbone.in_channels, height, width, device=like.device)
+        grid = backbone.eval()(images).grid
+    for part, mode in modes:
+        part.training = mode
+    if grid != data.label_size:
+        raise ValueError(
+            f"{type(backbone).__name__} makes {grid} patches of an image of {height}x{width}, and "
+            f"the data has labels for {data.label_size}, squares of {backbone.patch_size} pixels; "
+            f"set data.init_args.image_size to a multiple of that, or "
+            f"model.init_args.dense_weight to 0"
         )
 
 

@@ -40,6 +40,7 @@ from modules.backbones import Backbone, Features, Swapped
 from modules.checks import (
     check_at_least,
     check_classes,
+    check_patches,
     check_precision,
     check_token_labels,
     check_weights,
@@ -196,6 +197,8 @@ class TokenLabeling(LightningModule):
         if isinstance(data, TokenLabelDataModule) and self.dense_weight == 0:
             data.label_size = (1, 1)  # nothing would read labels of tokens
         check_token_labels(data, self.num_classes, self.dense_weight > 0)
+        if isinstance(data, TokenLabelDataModule) and self.dense_weight > 0:
+            check_patches(data, self.classifier.backbone)
         size = getattr(data, "batch_size", 0)
         if self.mix_tokens == "pair" and size % 2:
             raise ValueError(
@@ -280,12 +283,6 @@ class TokenLabeling(LightningModule):
             given = (logits.shape[1], self.num_classes, self.label_smoothing)
             return token_cross_entropy(logits, label_targets(batch, *given))
         assert batch.tokens is not None  # `setup` saw to it
-        if batch.tokens.ids.shape[1] != logits.shape[1]:
-            raise ValueError(
-                f"{type(self.classifier.backbone).__name__} made {logits.shape[1]} patches of an "
-                f"image, and the data has labels for {batch.tokens.ids.shape[1]}, squares of "
-                f"patch_size pixels; set dense_weight to 0"
-            )
         how = (self.num_classes, self.label_smoothing)
         return token_cross_entropy(logits, softmax_targets(batch.tokens, *how))
 

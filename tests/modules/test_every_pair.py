@@ -121,7 +121,7 @@ REASONS = {
     "c": "MAE shows its encoder some patches and no others, and this .* needs the whole grid",
     "d": "masked_patches hides patches, and .* takes no masks",
     "e": "mix_tokens puts patches of one image into another, which .* cannot",
-    "f": "made 64 patches of an image, and the data has labels for 4096",
+    "f": r"makes .* patches of an image of .*, and the data has labels for \(64, 64\)",
 }
 
 GRAY: dict[str, Any] = {"source": "digits", "channels": 1, "mean": (0.5,), "std": (0.5,)}

@@ -22,7 +22,7 @@ from datamodules.geometry import Box
 from datamodules.label_geometry import LabelMap, image_scores, pool, token_scores
 from datamodules.sources import open_source
 from modules import TokenLabeling, weights
-from modules.backbones import LVViT, Swapped, ViT
+from modules.backbones import LVViT, Swapped, Timm, ViT
 from modules.optim import Optimization
 from modules.token_labeling import TokenClassifier, draw_boxes
 from modules.token_loss import (
@@ -455,6 +455,11 @@ class NoMasks(ViT):
         ({"ema_decay": 1.0}, {}, "ema_decay is 1.0"),
         ({"weights_drop": ["head"]}, {}, "weights_part and weights_drop are about weights"),
         ({"backbone": NoMasks("mu", 8, 32)}, {}, "which NoMasks cannot; set mix_tokens to null"),
+        (
+            {"backbone": Timm("test_resnet.r160_in1k", 80), "mix_tokens": None},
+            {},
+            r"Timm makes \(3, 3\) patches of an image of 80x80, .* has labels for \(2, 2\), squares",
+        ),
     ],
 )
 def test_errors_come_before_the_first_step(
