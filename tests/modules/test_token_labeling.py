@@ -458,7 +458,7 @@ class NoMasks(ViT):
         (
             {"backbone": Timm("test_resnet.r160_in1k", 80), "mix_tokens": None},
             {},
-            r"Timm makes \(3, 3\) patches of an image of 80x80, .* has labels for \(2, 2\), squares",
+            r"Timm makes \(3, 3\) patches of an image of 80x80, .* labels for \(2, 2\), squares",
         ),
     ],
 )
