@@ -50,6 +50,7 @@ def test_nothing_is_left_out_here() -> None:
     tested += ("patchlight resolutions", "patchlight knn", "patchlight fewshot", "patchlight look")
     tested += ("patchlight compare", "patchlight jaccard", "patchlight backbones")
     tested += ("patchlight relabel",)
+    tested += ("patchlight translate",)
     for line in COMMANDS:
         assert line.startswith((*tested, "patchlight fit --resume", "patchlight fit --config"))
 
@@ -70,7 +71,12 @@ def test_train_resume_and_validate(tmp_path: Path) -> None:
     done = patchlight(*command("patchlight export"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "vit.safetensors").is_file()
-    done = patchlight(*command("patchlight sweep"), *SHORT, QUICK[1], cwd=tmp_path)
+    done = patchlight(
+        *command("patchlight sweep --config experiments/quickstart/supervised"),
+        *SHORT,
+        QUICK[1],
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     table = tmp_path / "runs" / "sweep" / "supervised" / "table.md"
     assert [line.split(" | ")[0] for line in table.open()][2:] == ["| none", "| sincos2d"]
@@ -143,6 +149,24 @@ def test_a_label_for_every_token(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "quickstart" / "lvvit" / "version_0"
     metrics = json.loads((run / "result.json").read_text())["metrics"]
     assert {"train/token_loss", "val/accuracy"} <= set(metrics)
+
+
+@pytest.mark.slow
+def test_texts(tmp_path: Path) -> None:
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    fit = command("patchlight fit --config experiments/quickstart/translate")
+    small = ["--data.init_args.num_workers=0", "--model.init_args.hidden_dim=8", *QUICK, *SHORT]
+    few = "--data.init_args.source_args.num_val=8"
+    done = patchlight(*fit, *small, few, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = patchlight(*command("patchlight translate"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    sweep = command("patchlight sweep --config experiments/quickstart/translate")
+    done = patchlight(*sweep, *small, few, "--trainer.callbacks=null", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    table = tmp_path / "runs" / "sweep" / "translate" / "table.md"
+    assert [line.split(" | ")[0] for line in table.open()][2:] == ["| 1.0", "| 0.5", "| 0.0"]
 
 
 @pytest.mark.slow
