@@ -8,6 +8,7 @@ monitors.py     FiniteLoss      stops a run that diverged
 pictures.py     AugmentedBatch  the batch as the network sees it
                 Pictures        what the method draws of held-out images
 probes.py       OnlineProbe     a linear classifier beside any method
+score_maps.py   ScoreMaps       label maps of a teacher, written while it predicts
 seeding.py      StepSeed        one seed a step
 throughput.py   Throughput      images and tokens per second, utilisation, waiting, memory
 
@@ -21,6 +22,7 @@ from callbacks.knn import KNN
 from callbacks.monitors import FiniteLoss
 from callbacks.pictures import AugmentedBatch, Pictures
 from callbacks.probes import OnlineProbe
+from callbacks.score_maps import ScoreMaps
 from callbacks.seeding import StepSeed
 from callbacks.throughput import Throughput
 
@@ -33,6 +35,7 @@ __all__ = [
     "FiniteLoss",
     "OnlineProbe",
     "Pictures",
+    "ScoreMaps",
     "StepSeed",
     "Throughput",
 ]

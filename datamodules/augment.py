@@ -19,7 +19,7 @@ BITS = 0xFFFFFFFF
 PLACES = 1 << 20  # where the noise of an image may begin
 # Streams: draws of one kind never meet those of another. Their numbers are part of every result.
 ERASE, NOISE, MIX, CHOICE, BLUR, JITTER, VIEW, FLIP, GRAY, SOLARIZE = range(1, 11)
-HIDE, BLOCKS, REMOVE, TEACH = 11, 12, 13, 14
+HIDE, BLOCKS, REMOVE, TEACH, TOKENS = 11, 12, 13, 14, 15
 
 
 def hash32(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:

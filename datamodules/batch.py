@@ -18,6 +18,20 @@ class Mixed(NamedTuple):
     share: Float[Tensor, " b"]
 
 
+class SparseScores(NamedTuple):
+    """Scores (logits) of all k classes for tokens, of which only some differ from a common one.
+
+    Softmax does not see a score that all classes share, so only what is above it is kept.
+
+    ids:    [b, n, m] int32; a class has one entry of all its value, others of value 0
+    values: [b, n, m] by how much the score of that class is above that of those without an entry;
+            where every class has one, the best is not below 0
+    """
+
+    ids: Int[Tensor, "*b n m"]
+    values: Float[Tensor, "*b n m"]
+
+
 class ImageBatch(NamedTuple):
     """Images with labels.
 
@@ -43,6 +57,36 @@ class ImageBatch(NamedTuple):
     @property
     def num_images(self) -> int:
         return len(self.labels)
+
+    def mean(self, losses: Float[Tensor, " b"]) -> Float[Tensor, ""]:
+        """The loss of the batch from one of every image."""
+        return losses.mean()
+
+
+class TokenLabelBatch(NamedTuple):
+    """Images with a teacher's scores for every token and for the whole of each crop.
+
+    images, labels, indices, keys, is_valid, is_replaced: see `ImageBatch`
+    tokens: scores of all classes for every token, row by row; None where only the crop has a label
+    pooled: [b, k] the scores of all classes for the crop as a whole, above those of the rest
+    """
+
+    images: UInt8[Tensor, "b c height width"] | Float[Tensor, "b c height width"]
+    labels: Int[Tensor, " b"]
+    indices: Int[Tensor, " b"]
+    keys: Int[Tensor, " b"]
+    is_valid: Bool[Tensor, " b"]
+    is_replaced: Bool[Tensor, " b"]
+    tokens: SparseScores | None
+    pooled: Float[Tensor, "b k"]
+
+    @property
+    def num_images(self) -> int:
+        return len(self.labels)
+
+    @property
+    def mixed(self) -> None:
+        """Images are not mixed; a method may mix tokens."""
 
     def mean(self, losses: Float[Tensor, " b"]) -> Float[Tensor, ""]:
         """The loss of the batch from one of every image."""

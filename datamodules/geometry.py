@@ -94,11 +94,18 @@ def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
     return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
-def make_rand_augment(recipe: str, fill: tuple[int, ...]) -> Augment:
+def timm_rand_augment(
+    recipe: str,
+    fill: tuple[int, ...],
+    wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]] = lambda name, operation: (
+        operation
+    ),
+) -> Augment:
     """timm's RandAugment, for instance "rand-m9-mstd0.5-inc1", as a function of (image, key).
 
     timm draws from Python's and NumPy's global generators; they are seeded with the key and
-    put back afterwards.
+    put back afterwards. `wrap` gets the name and the function of every operation, and gives what
+    is called in its place.
 
     Raises:
         ValueError: a recipe that timm does not understand.
@@ -117,6 +124,7 @@ def make_rand_augment(recipe: str, fill: tuple[int, ...]) -> Augment:
     for operation in transform.ops:
         if operation.name.startswith("Posterize"):
             operation.aug_fn = posterize
+        operation.aug_fn = wrap(operation.name, operation.aug_fn)
 
     def apply(image: Array, key: int) -> Array:
         python_state, numpy_state = random.getstate(), np.random.get_state()

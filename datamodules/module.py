@@ -10,8 +10,8 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch.utils.data import DataLoader
 
-from datamodules.batch import ImageBatch, MultiCropBatch, PackedBatch
-from datamodules.geometry import Augment, make_rand_augment
+from datamodules.batch import ImageBatch, MultiCropBatch, PackedBatch, TokenLabelBatch
+from datamodules.geometry import Augment, timm_rand_augment
 from datamodules.placed import PlacedDataModule
 from datamodules.sampling import Ahead
 from datamodules.sources import Grouped, Source, Split, open_source, some_of
@@ -19,7 +19,7 @@ from datamodules.unreadable import Unreadable
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-Batch = TypeVar("Batch", ImageBatch, MultiCropBatch, PackedBatch)
+Batch = TypeVar("Batch", ImageBatch, MultiCropBatch, PackedBatch, TokenLabelBatch)
 
 
 class Needs(NamedTuple):
@@ -123,7 +123,7 @@ class SourceDataModule(PlacedDataModule):
             return None
         if self.channels != 3:
             raise ValueError(f"rand_augment needs 3 channels, but channels is {self.channels}")
-        return make_rand_augment(recipe, tuple(round(255 * m) for m in self.mean))
+        return timm_rand_augment(recipe, tuple(round(255 * m) for m in self.mean))
 
     def open(self, split: Split) -> Source:
         return open_source(

@@ -15,10 +15,20 @@ def read_example(source: Source, item: int) -> tuple[Example, bool]:
     Raises:
         ValueError: twenty in a row cannot be read.
     """
+    example, index = read_item(source, item)
+    return example, index != item
+
+
+def read_item(source: Source, item: int) -> tuple[Example, int]:
+    """The same, and which one it is.
+
+    Raises:
+        ValueError: twenty in a row cannot be read.
+    """
     index = item
-    for attempt in range(20):
+    for attempt in range(20):  # the one that replaces it may be bad as well
         try:
-            return source[index], attempt > 0
+            return source[index], index
         except BadImageError as error:
             last = error
             index = fold(item, attempt) % len(source)

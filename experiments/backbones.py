@@ -21,7 +21,7 @@ from rich.table import Table
 
 from datamodules.progress import Bar
 from experiments.costs import Cost, measure
-from modules.backbones import FAMILIES, create, hybrid, t2t, vit
+from modules.backbones import FAMILIES, create, hybrid, lvvit, t2t, vit
 
 SIDE = (224, 224)  # of the image for what takes any size
 SHOWN = 3  # sets of weights that are named
@@ -101,6 +101,10 @@ PRESETS: dict[str, list[Preset]] = {
     "t2t": [
         Preset({"variant": variant}, others="" if variant == "mu" else "T2T-ViT's .pth")
         for variant in t2t.VARIANTS
+    ],
+    "lvvit": [
+        Preset({"variant": variant}, others="" if variant == "mu" else "LV-ViT's .pth")
+        for variant in lvvit.VARIANTS
     ],
     "swin": [
         TOY,

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from callbacks.checkpoint import read_checkpoint
 from experiments.subject import backbone_kept_in
 from modules import weights
-from modules.backbones import Backbone
+from modules.backbones import Backbone, LVViT
 from modules.weights.files import read
 from modules.weights.inspect import UNKNOWN, Description, describe
 
@@ -59,14 +59,17 @@ def tell(part: str, found: Description, file: str, several: bool) -> str:
     drop = {name.split(".")[0] for name in found.others}
     if found.num_classes is None:
         drop |= {"head", "head_dist"} if found.backbone.get("distillation_token") else {"head"}
+        drop |= {"aux_head"} if found.kind is LVViT else set()
     if drop:
         model["weights_drop"] = sorted(drop)
     model["num_classes"] = found.num_classes or UNKNOWN
-    arguments = own_backbone(file) or found.backbone
-    model["backbone"] = {"class_path": "modules.backbones.ViT", "init_args": arguments}
-    recipe = yaml.safe_dump({"model": {"init_args": model}}, sort_keys=False)
+    arguments = own_backbone(file, found.kind) or found.backbone
+    name = f"modules.backbones.{found.kind.__name__}"
+    model["backbone"] = {"class_path": name, "init_args": arguments}
+    whose = {"class_path": "modules.TokenLabeling"} if found.kind is LVViT else {}
+    recipe = yaml.safe_dump({"model": {**whose, "init_args": model}}, sort_keys=False)
     told = "it is this"
-    if own_backbone(file) is None:
+    if own_backbone(file, found.kind) is None:
         told = (
             "it fits this, but for what leaves no trace (activation, norm epsilon, residual scale, "
         )
@@ -76,11 +79,11 @@ def tell(part: str, found: Description, file: str, several: bool) -> str:
     return "\n".join([*lines, f"  {told}:", *(f"    {line}" for line in recipe.splitlines())])
 
 
-def own_backbone(file: str) -> dict[str, Any] | None:
-    """The arguments of a ViT as a run of ours wrote them into its checkpoint."""
+def own_backbone(file: str, kind: type[Backbone]) -> dict[str, Any] | None:
+    """The arguments of such a backbone as a run of ours wrote them into its checkpoint."""
     kept = backbone_kept_in(file)
-    is_vit = kept is not None and kept["class_path"].endswith(".ViT")
-    return dict(kept.get("init_args") or {}) if kept is not None and is_vit else None
+    is_one = kept is not None and kept["class_path"].endswith(f".{kind.__name__}")
+    return dict(kept.get("init_args") or {}) if kept is not None and is_one else None
 
 
 def export(argv: Sequence[str]) -> int:

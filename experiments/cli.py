@@ -15,6 +15,7 @@
     patchlight resolutions RUN --sides 64,96,128       evaluate at several sizes, one picture
     patchlight knn --checkpoint C                      nearest neighbours of frozen features
     patchlight fewshot --checkpoint C                  linear classifiers from a few images a class
+    patchlight relabel --teacher T --data D --out DIR  a teacher's labels for token labelling
     patchlight jaccard --checkpoint C                  whether attention finds the objects
     patchlight plan --config RECIPE                    steps, rate and memory on 1 to 1,024 devices
     patchlight translate --checkpoint C "TEXT"         a text through a method that translates
@@ -58,6 +59,7 @@ from experiments.jaccard import jaccard
 from experiments.judge import fewshot, knn
 from experiments.look import look
 from experiments.plan import plan
+from experiments.relabel import relabel
 from experiments.resolutions import resolutions
 from experiments.shard import shard
 from experiments.start import CONFIG, take, take_weights
@@ -85,6 +87,7 @@ VERBS = {
     "translate": translate,
     "compare": compare,
     "plan": plan,
+    "relabel": relabel,
 }
 LIBRARIES = (
     *("patchlight", "torch", "torchvision", "lightning", "timm", "einops", "numpy", "pillow"),

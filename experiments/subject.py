@@ -14,10 +14,11 @@ import yaml
 from lightning.pytorch import seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
+from torch import nn
 
 from callbacks.checkpoint import read_checkpoint
 from datamodules.module import IMAGENET_MEAN, IMAGENET_STD
-from modules.backbones import Backbone, BlockStyle, Positions, Timm, ViT
+from modules.backbones import Backbone, BlockStyle, Positions, Timm
 from modules.weights import load_backbone, open_source
 from modules.weights.files import State
 from modules.weights.inspect import UNKNOWN, describe
@@ -203,13 +204,14 @@ def default_part(parts: dict[str, State]) -> str:
 def told_by(state: State, checkpoint: str) -> dict[str, Any]:
     """The class and arguments of a backbone that names and shapes of a file tell.
 
-    A ViT of ours, with UNKNOWN for arguments that they do not tell; for `timm:NAME` where it is
-    none, timm's network.
+    A ViT or LV-ViT of ours, with UNKNOWN for arguments that they do not tell; for `timm:NAME`
+    where it is neither, timm's network.
 
     Raises:
         ValueError: neither.
     """
-    found = describe(state).backbone
+    described = describe(state)
+    found = described.backbone
     if found is None and checkpoint.startswith("timm:"):
         name = checkpoint.removeprefix("timm:")
         return {"class_path": "modules.backbones.Timm", "init_args": {"name": name}}
@@ -218,7 +220,7 @@ def told_by(state: State, checkpoint: str) -> dict[str, Any]:
             f"{checkpoint} holds no ViT that names and shapes tell; name a recipe with its "
             f"backbone: --config RECIPE"
         )
-    return {"class_path": "modules.backbones.ViT", "init_args": found}
+    return {"class_path": f"modules.backbones.{described.kind.__name__}", "init_args": found}
 
 
 def backbone_told_by(state: State, checkpoint: str) -> Backbone:
@@ -233,25 +235,27 @@ def backbone_told_by(state: State, checkpoint: str) -> Backbone:
             f"{checkpoint} does not tell {missing}; name a recipe with its backbone: "
             f"--config RECIPE (`patchlight inspect {checkpoint}` writes one)"
         )
+    kind = describe(state).kind
     Console(stderr=True, highlight=False).print(
-        f"{checkpoint}: taken for a ViT of {found}; what leaves no trace in weights (activation, "
-        f"pooling, norm epsilon) has its default, and --config RECIPE would say otherwise",
+        f"{checkpoint}: taken for a {kind.__name__} of {found}; what leaves no trace in weights "
+        f"(activation, pooling, norm epsilon) has its default, and --config RECIPE would say "
+        f"otherwise",
         markup=False,
     )
     built = {"positions": Positions, "block": BlockStyle}
-    return ViT(**{k: built[k](**v) if k in built else v for k, v in found.items()})
+    return kind(**{k: built[k](**v) if k in built else v for k, v in found.items()})
 
 
-def fingerprint(backbone: Backbone) -> str:
-    """Changes with whatever the backbone's output is a function of: options, tables, weights."""
+def fingerprint(network: nn.Module) -> str:
+    """Changes with whatever the network's output is a function of: options, tables, weights."""
     digest = hashlib.sha256()
-    for name, module in backbone.named_modules():
+    for name, module in network.named_modules():
         digest.update(f"{name} {type(module).__name__}".encode())
         options = {k: v for k, v in vars(module).items() if is_plain(v) and k[0] != "_"}
         options.pop("training")
         digest.update(repr(sorted(options.items())).encode())
     # Fixed tables are no part of a state dict, but of what it computes.
-    for name, tensor in sorted((*backbone.named_parameters(), *backbone.named_buffers())):
+    for name, tensor in sorted((*network.named_parameters(), *network.named_buffers())):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -3,9 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from datamodules.images import ImageDataModule
+from datamodules.module import SourceDataModule
+from datamodules.token_labels import TokenLabelDataModule
 from modules.backbones import Backbone
 
 
@@ -78,6 +82,60 @@ def check_classes(data: Any, num_classes: int) -> None:
         rank_zero_warn(
             f"the data has {len(names)} classes, but model.num_classes is {num_classes}: some "
             f"outputs are never right"
+        )
+
+
+def check_token_labels(data: Any, num_classes: int, are_dense: bool) -> None:
+    """Refuse data without a class or a label map for what a method learns.
+
+    Args:
+        are_dense: whether every token needs a label.
+
+    Raises:
+        ValueError: maps of other classes, tokens without labels, views or packs of images.
+    """
+    if isinstance(data, TokenLabelDataModule):
+        if data.num_label_classes not in (None, num_classes):
+            raise ValueError(
+                f"the label maps in {data.labels} are of {data.num_label_classes} classes, but "
+                f"model.num_classes is {num_classes}; set it to {data.num_label_classes}"
+            )
+        if data.label_size == (1, 1) and are_dense:
+            raise ValueError(
+                "an image has one label, as data.init_args.label_size is 1 or the backbone makes "
+                "one patch of it; set model.init_args.dense_weight to 0, or label_size to null "
+                "with more patches"
+            )
+    elif isinstance(data, SourceDataModule) and not isinstance(data, ImageDataModule):
+        raise ValueError(
+            f"token labelling takes one view an image, of one size, which {type(data).__name__} "
+            f"does not give; use datamodules.TokenLabelDataModule, or ImageDataModule without maps"
+        )
+
+
+def check_patches(data: TokenLabelDataModule, backbone: Backbone) -> None:
+    """Refuse a backbone whose patches are not the squares that have labels.
+
+    Those that take masks cut images into such squares; others are asked.
+
+    Raises:
+        ValueError: other patches.
+    """
+    if backbone.takes_masks:
+        return
+    modes = [(part, part.training) for part in backbone.modules()]
+    (height, width), like = data.known_size(), next(backbone.parameters())
+    with torch.no_grad():
+        images = torch.zeros(1, backbone.in_channels, height, width, device=like.device)
+        grid = backbone.eval()(images).grid
+    for part, mode in modes:
+        part.training = mode
+    if grid != data.label_size:
+        raise ValueError(
+            f"{type(backbone).__name__} makes {grid} patches of an image of {height}x{width}, and "
+            f"the data has labels for {data.label_size}, squares of {backbone.patch_size} pixels; "
+            f"set data.init_args.image_size to a multiple of that, or "
+            f"model.init_args.dense_weight to 0"
         )
 
 

@@ -40,6 +40,7 @@ from modules.drawing import pictures_of
 from modules.losses import LOSSES, loss_per_image, soft_targets
 from modules.networks import AroundBackbone, embed, fit_data, starts
 from modules.optim import Optimization
+from modules.scores import add_scores, log_scores
 from modules.weights import load as load_weights
 from modules.weights import load_backbone
 
@@ -272,28 +273,12 @@ class Supervised(LightningModule):
         logits = network(batch.images).float()
         targets = F.one_hot(batch.labels, self.num_classes).float()
         losses = loss_per_image(self.loss, logits, targets)
-        top = logits.topk(min(5, self.num_classes), dim=-1).indices == batch.labels[:, None]
-        valid = batch.is_valid.float()
-        tally.add(
-            (losses * valid).sum(),
-            (top[:, 0] * valid).sum(),
-            (top.any(dim=-1) * valid).sum(),
-            valid.sum(),
-        )
+        add_scores(tally, batch, logits, losses)
 
     def on_validation_epoch_end(self) -> None:
-        self.log_totals("val/", self.tally, prog_bar=True)
+        log_scores(self, "val/", self.tally, self.num_classes)
         if self.averaged is not None:
-            self.log_totals("val/ema_", self.averaged_tally, prog_bar=False)
-
-    def log_totals(self, prefix: str, tally: Tally, prog_bar: bool) -> None:
-        loss, correct, among_five, count = tally.totals(self)
-        if count == 0:
-            raise ValueError("no image of the validation set could be read")
-        self.log(f"{prefix}loss", loss / count)
-        self.log(f"{prefix}accuracy", correct / count, prog_bar=prog_bar)
-        if self.num_classes > 5:
-            self.log(f"{prefix}top5_accuracy", among_five / count)
+            log_scores(self, "val/ema_", self.averaged_tally, self.num_classes)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         exempt = {f"backbone.{name}" for name in self.classifier.backbone.no_weight_decay()}

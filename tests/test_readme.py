@@ -49,6 +49,7 @@ def test_nothing_is_left_out_here() -> None:
     tested += ("patchlight inspect", "patchlight export", "patchlight sweep")
     tested += ("patchlight resolutions", "patchlight knn", "patchlight fewshot", "patchlight look")
     tested += ("patchlight compare", "patchlight jaccard", "patchlight backbones")
+    tested += ("patchlight relabel",)
     tested += ("patchlight translate",)
     for line in COMMANDS:
         assert line.startswith((*tested, "patchlight fit --resume", "patchlight fit --config"))
@@ -128,6 +129,26 @@ def test_without_labels(tmp_path: Path) -> None:
     done = patchlight(*command("patchlight jaccard"), few, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "best head of each image" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_label_for_every_token(tmp_path: Path) -> None:
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    scenes = "{num_train: 8, num_val: 4, texture: 0.0}"
+    few = [f"--data.init_args.source_args={scenes}", "--data.init_args.batch_size=4"]
+    few += ["--data.init_args.num_workers=0", *QUICK, *SHORT]
+    for start, more in (
+        ("patchlight fit --config experiments/quickstart/lvvit_teacher", few),
+        ("patchlight relabel", ["--source-args", scenes, "--num-workers", "0"]),
+        ("patchlight fit --config experiments/quickstart/lvvit.yaml", few),
+    ):
+        done = patchlight(*command(start), *more, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    maps = tmp_path / "runs" / "quickstart" / "maps"
+    assert len(list(maps.glob("*.safetensors"))) == 1
+    run = tmp_path / "runs" / "quickstart" / "lvvit" / "version_0"
+    metrics = json.loads((run / "result.json").read_text())["metrics"]
+    assert {"train/token_loss", "val/accuracy"} <= set(metrics)
 
 
 @pytest.mark.slow

@@ -19,7 +19,8 @@ from modules.backbones.attention import Packed
 from modules.backbones.factorised import FactorisedPositions
 from modules.backbones.hybrid import Hybrid
 from modules.backbones.layers import Backbone, BlockStyle, Features
-from modules.backbones.masked import Masked, Visible
+from modules.backbones.lvvit import LVViT
+from modules.backbones.masked import Masked, Swapped, Visible
 from modules.backbones.navit import NaViT
 from modules.backbones.positions import Positions
 from modules.backbones.row_rnn import RowRNN
@@ -32,6 +33,7 @@ from modules.backbones.vit import ViT
 FAMILIES: dict[str, type[Backbone]] = {
     "vit": ViT,
     "navit": NaViT,
+    "lvvit": LVViT,
     "row_rnn": RowRNN,
     "hybrid": Hybrid,
     "t2t": T2TViT,
@@ -72,13 +74,15 @@ __all__ = [
     "FactorisedPositions",
     "Features",
     "Hybrid",
+    "LVViT",
     "Masked",
     "NaViT",
     "Packed",
     "Positions",
     "RowRNN",
-    "T2TViT",
+    "Swapped",
     "Swin",
+    "T2TViT",
     "Timm",
     "TwinsPCPVT",
     "TwinsSVT",

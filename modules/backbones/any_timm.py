@@ -29,7 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from modules.backbones.attention import Packed
 from modules.backbones.layers import Backbone, Features
 from modules.backbones.layout import find_layout
-from modules.backbones.masked import Group, Masked, Visible
+from modules.backbones.masked import Altered, Group, Masked, Swapped, Visible
 
 # Arguments of timm's that let a network take images of other sizes than it was built for.
 ANY_SIZE = {"dynamic_img_size": True, "strict_img_size": False}
@@ -116,7 +116,7 @@ class Timm(Backbone):
 
     @overload
     def forward(
-        self, images: Float[Tensor, "b c height width"] | Masked | Visible | Packed
+        self, images: Float[Tensor, "b c height width"] | Altered | Visible | Packed
     ) -> Features: ...
     @overload
     def forward(self, images: list[Group]) -> list[Features]: ...
@@ -130,7 +130,7 @@ class Timm(Backbone):
             return [*seen, *(self(group) for group in others)]
 
     def last_blocks(
-        self, images: Float[Tensor, "b c height width"] | Masked | Visible | Packed, count: int
+        self, images: Float[Tensor, "b c height width"] | Altered | Visible | Packed, count: int
     ) -> list[Features]:
         """What the last `count` blocks give, the last one last, each read out as `forward` does.
 
@@ -166,11 +166,15 @@ class Timm(Backbone):
         return tokens if prefix is None else torch.cat((prefix, tokens), dim=1)
 
     def check(
-        self, images: Float[Tensor, "b c height width"] | Masked | Visible | Packed
+        self, images: Float[Tensor, "b c height width"] | Altered | Visible | Packed
     ) -> Float[Tensor, "b c height width"]:
         """Refuse what is no batch of images of one size, or not of the right channels."""
         if not isinstance(images, Tensor):
-            kinds = {Masked: "masked patches", Visible: "some of the patches"}
+            kinds = {
+                Masked: "masked patches",
+                Swapped: "swapped patches",
+                Visible: "some of the patches",
+            }
             what = kinds.get(type(images), "packs of images")
             raise ValueError(
                 f"timm's {self.name} takes images of one size, and {what} reached it; use "

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from modules.backbones.attention import Groups, Packed, Segments, attend
-from modules.backbones.masked import Group, Masked, Visible
+from modules.backbones.masked import Altered, Group, Visible
 
 # Added to the scores of attention, or which keys a query sees.
 Bias = Float[Tensor, "1 h n n"] | Bool[Tensor, "#b 1 n n"]
@@ -52,7 +52,8 @@ class Backbone(nn.Module):
     num_layers:         depth L, for layer-wise learning-rate decay
     image_size:         (height, width) in pixels it was built for; None where any size is alike
     takes_packs:        takes packs of images of any size
-    takes_masks:        takes `masked.Masked` wherever it takes images of one size
+    takes_masks:        takes `masked.Masked` and `masked.Swapped` wherever it takes images of
+                        one size
     takes_visible:      takes `masked.Visible` in the place of images, and packs that lack patches
     max_grid:           largest number of patches along a side of an image in a pack; None for no
                         limit. What makes packs asks for it and refuses larger images: on an
@@ -78,7 +79,7 @@ class Backbone(nn.Module):
 
     @overload
     def forward(
-        self, images: Float[Tensor, "b c height width"] | Masked | Visible | Packed
+        self, images: Float[Tensor, "b c height width"] | Altered | Visible | Packed
     ) -> Features: ...
     @overload
     def forward(self, images: list[Group]) -> list[Features]: ...
@@ -87,7 +88,7 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def last_blocks(
-        self, images: Float[Tensor, "b c height width"] | Masked | Visible | Packed, count: int
+        self, images: Float[Tensor, "b c height width"] | Altered | Visible | Packed, count: int
     ) -> list[Features]:
         """What the last `count` blocks give, the last one last, each read out as `forward` does."""
         raise NotImplementedError

@@ -32,7 +32,7 @@ from modules.backbones.layers import (
     drop_path_rates,
     layer_norm,
 )
-from modules.backbones.masked import Group, Masked, Visible, pixels
+from modules.backbones.masked import Altered, Group, Visible, pixels
 from modules.backbones.packed import check_pack
 from modules.backbones.pooling import AttentionPool, QueryPool, only_filled
 from modules.backbones.resampling import Grid
@@ -122,7 +122,7 @@ class NaViT(Backbone):
 
     @overload
     def forward(
-        self, images: Float[Tensor, "b c height width"] | Masked | Visible | Packed
+        self, images: Float[Tensor, "b c height width"] | Altered | Visible | Packed
     ) -> Features: ...
     @overload
     def forward(self, images: list[Group]) -> list[Features]: ...
@@ -144,7 +144,7 @@ class NaViT(Backbone):
         return [self.read_out(tokens, grid, None) for tokens, grid in each]
 
     def last_blocks(
-        self, images: Float[Tensor, "b c height width"] | Masked | Visible | Packed, count: int
+        self, images: Float[Tensor, "b c height width"] | Altered | Visible | Packed, count: int
     ) -> list[Features]:
         """What the last `count` blocks give, the last one last, each read out as `forward` does.
 
@@ -160,7 +160,7 @@ class NaViT(Backbone):
             own = images.places
             patches = images.patches(self.patch_size)
             x = self.embed_patches(patches, positions[0, own], grids[0, own])
-        elif isinstance(images, (Tensor, Masked)):
+        elif isinstance(images, (Tensor, Altered)):
             grid = self.grid_of(images)
             x = self.embed(images, grid)
         else:
@@ -176,28 +176,28 @@ class NaViT(Backbone):
         return [self.read_out(x, grid, segments) for x in kept]
 
     def embed(
-        self, images: Float[Tensor, "b c height width"] | Masked, grid: Grid
+        self, images: Float[Tensor, "b c height width"] | Altered, grid: Grid
     ) -> Float[Tensor, "b n d"]:
         """Patches with their positions."""
         p = self.patch_size
         patches = rearrange(pixels(images), "b c (y p) (x q) -> b (y x) (c p q)", p=p, q=p)
-        masked = images if isinstance(images, Masked) else None
-        return self.embed_patches(patches, *places(grid, patches.device), masked)
+        altered = images if isinstance(images, Altered) else None
+        return self.embed_patches(patches, *places(grid, patches.device), altered)
 
     def embed_patches(
         self,
         patches: Float[Tensor, "rows n e"],
         positions: Int[Tensor, "#rows n 2"],
         grids: Int[Tensor, "#rows n 2"],
-        masked: Masked | None = None,
+        altered: Altered | None = None,
     ) -> Float[Tensor, "rows n d"]:
         """The same of patches that are cut already."""
         x = self.embed_norm(self.patch_embed.packed(self.patch_norm(patches)))
-        x = x if masked is None else masked.over(x)
+        x = x if altered is None else altered.over(x)
         out: Tensor = self.pos_drop(x + self.positions(positions, grids))
         return out
 
-    def grid_of(self, images: Float[Tensor, "b c height width"] | Masked | Visible) -> Grid:
+    def grid_of(self, images: Float[Tensor, "b c height width"] | Altered | Visible) -> Grid:
         """Rows and columns of patches of such images.
 
         Raises:

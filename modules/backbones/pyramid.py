@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from modules.backbones.attention import Packed
 from modules.backbones.layers import Backbone, Features, PatchEmbed
-from modules.backbones.masked import Group, Masked, Visible
+from modules.backbones.masked import Group, Masked, Swapped, Visible
 from modules.backbones.resampling import Grid
 from modules.backbones.vit import as_pair, check_rates
 from modules.backbones.windows import Order, coarser, reorder, row_by_row
@@ -71,9 +71,7 @@ class Pyramid(Backbone):
         return Features(patches.mean(dim=1), None, patches, now.grid)
 
     @overload
-    def forward(
-        self, images: Float[Tensor, "b c height width"] | Masked | Visible | Packed
-    ) -> Features: ...
+    def forward(self, images: Group | Visible | Packed) -> Features: ...
     @overload
     def forward(self, images: list[Group]) -> list[Features]: ...
     def forward(self, images: Group | Visible | Packed | list[Group]) -> Features | list[Features]:
@@ -82,9 +80,7 @@ class Pyramid(Backbone):
         (last,) = self.last_blocks(images, 1)
         return last
 
-    def last_blocks(
-        self, images: Float[Tensor, "b c height width"] | Masked | Visible | Packed, count: int
-    ) -> list[Features]:
+    def last_blocks(self, images: Group | Visible | Packed, count: int) -> list[Features]:
         """What the last `count` blocks give, the last one last, each read out as `forward` does.
 
         Raises:
@@ -99,13 +95,15 @@ class Pyramid(Backbone):
         kept = self.stages(self.check(images), count)
         return [self.read_out(x, now) for x, now in kept]
 
-    def check(
-        self, images: Float[Tensor, "b c height width"] | Masked | Visible | Packed
-    ) -> Float[Tensor, "b c height width"]:
+    def check(self, images: Group | Visible | Packed) -> Float[Tensor, "b c height width"]:
         """Refuse what is no batch of images of one size, or not of the right channels."""
         name = type(self).__name__
         if not isinstance(images, Tensor):
-            kinds = {Masked: "masked patches", Visible: "some of the patches"}
+            kinds = {
+                Masked: "masked patches",
+                Swapped: "patches of other images",
+                Visible: "some of the patches",
+            }
             what = kinds.get(type(images), "packs of images")
             raise ValueError(
                 f"{name} needs whole maps, for its windows and strides, and {what} reached it; use "

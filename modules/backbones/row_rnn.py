@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from modules.backbones.attention import Packed
 from modules.backbones.layers import Backbone, Features
-from modules.backbones.masked import Group, Masked, Visible
+from modules.backbones.masked import Group, Visible
 
 Cell = Literal["lstm", "gru", "rnn"]
 Merge = Literal["concat", "sum", "mul", "ave", "none"]
@@ -156,9 +156,7 @@ class RowRNN(Backbone):
         self.drop = nn.Dropout(dropout)
 
     @overload
-    def forward(
-        self, images: Float[Tensor, "b c height width"] | Masked | Visible | Packed
-    ) -> Features: ...
+    def forward(self, images: Group | Visible | Packed) -> Features: ...
     @overload
     def forward(self, images: list[Group]) -> list[Features]: ...
     def forward(self, images: Group | Visible | Packed | list[Group]) -> Features | list[Features]:
@@ -166,9 +164,7 @@ class RowRNN(Backbone):
             return [self(group) for group in images]
         return self.last_blocks(images, 1)[0]
 
-    def last_blocks(
-        self, images: Float[Tensor, "b c height width"] | Masked | Visible | Packed, count: int
-    ) -> list[Features]:
+    def last_blocks(self, images: Group | Visible | Packed, count: int) -> list[Features]:
         """What the last `count` networks give, the last one last.
 
         Raises:
@@ -185,9 +181,7 @@ class RowRNN(Backbone):
             found.append(Features(self.drop(pooled), None, x, (x.shape[1], 1)))
         return found[-count:]
 
-    def rows(
-        self, images: Float[Tensor, "b c height width"] | Masked | Visible | Packed
-    ) -> Float[Tensor, "b n e"]:
+    def rows(self, images: Group | Visible | Packed) -> Float[Tensor, "b n e"]:
         """The rows of images, the channels of a row one after another."""
         expected = (self.in_channels, self.image_size[1])
         if not isinstance(images, Tensor) or (images.shape[1], images.shape[3]) != expected:

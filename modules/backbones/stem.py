@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from modules.backbones import initialise
 from modules.backbones.attention import Packed
 from modules.backbones.layers import Features
-from modules.backbones.masked import Masked, Visible
+from modules.backbones.masked import Altered, Masked, Visible
 from modules.backbones.resampling import Grid
 from modules.backbones.vit import ViT
 
@@ -22,16 +22,20 @@ class StemViT(ViT):
     So it takes neither packs nor some of the patches; hidden ones have the mean colour.
     """
 
-    def use_stem(self, stem: nn.Module, init: str) -> None:
-        """Make patches with `stem` ([b, c, height, width] to [b, n, d], row by row)."""
-        initialise.RULES[init](stem)
+    def use_stem(self, stem: nn.Module, init: str | None) -> None:
+        """Make patches with `stem` ([b, c, height, width] to [b, n, d], row by row).
+
+        It begins by the rule `init`, or as it is where there is none.
+        """
+        if init is not None:
+            initialise.RULES[init](stem)
         self.patch_embed = stem  # type: ignore[assignment]
         self.takes_packs = self.takes_visible = False
 
     def last_blocks(
-        self, images: Float[Tensor, "b c height width"] | Masked | Visible | Packed, count: int
+        self, images: Float[Tensor, "b c height width"] | Altered | Visible | Packed, count: int
     ) -> list[Features]:
-        if isinstance(images, (Tensor, Masked)):
+        if isinstance(images, (Tensor, Altered)):
             return super().last_blocks(images, count)
         what = "some of the patches" if isinstance(images, Visible) else "a pack"
         raise ValueError(
@@ -40,7 +44,7 @@ class StemViT(ViT):
         )
 
     def embed(
-        self, images: Float[Tensor, "b c height width"] | Masked, grid: Grid
+        self, images: Float[Tensor, "b c height width"] | Altered, grid: Grid
     ) -> Float[Tensor, "b n d"]:
         """As in ViT; hidden patches have the mean colour, which their neighbours see of them."""
         if isinstance(images, Masked) and images.is_masked.shape[1] == grid[0] * grid[1]:

@@ -32,7 +32,7 @@ from modules.backbones.layers import (
     drop_path_rates,
     layer_norm,
 )
-from modules.backbones.masked import Group, Masked, Part, Visible, pixels
+from modules.backbones.masked import Altered, Group, Part, Visible, pixels
 from modules.backbones.packed import check_pack, own_rows
 from modules.backbones.pooling import AttentionPool, mean_patch, only_filled, prefix_token
 from modules.backbones.positions import Positions, for_blocks, make_biases, make_tables, read
@@ -176,7 +176,7 @@ class ViT(Backbone):
 
     @overload
     def forward(
-        self, images: Float[Tensor, "b c height width"] | Masked | Visible | Packed
+        self, images: Float[Tensor, "b c height width"] | Altered | Visible | Packed
     ) -> Features: ...
     @overload
     def forward(self, images: list[Group]) -> list[Features]: ...
@@ -196,7 +196,7 @@ class ViT(Backbone):
         return [self.pool(tokens, grid) for tokens, grid in each]
 
     def last_blocks(
-        self, images: Float[Tensor, "b c height width"] | Masked | Visible | Packed, count: int
+        self, images: Float[Tensor, "b c height width"] | Altered | Visible | Packed, count: int
     ) -> list[Features]:
         """What the last `count` blocks give, the last one last, each read out as `forward` does.
 
@@ -210,7 +210,7 @@ class ViT(Backbone):
         if isinstance(images, Visible):
             where = Part(self.grid_of(images), images.places)
             x = self.embed_visible(images, where)
-        elif isinstance(images, (Tensor, Masked)):
+        elif isinstance(images, (Tensor, Altered)):
             where = self.grid_of(images)
             x = self.embed(images, where)
         else:
@@ -219,7 +219,7 @@ class ViT(Backbone):
             x = self.embed_pack(images, where)
         return [self.read_out(x, where) for x in self.run_blocks(x, where, keep=count)]
 
-    def grid_of(self, images: Float[Tensor, "b c height width"] | Masked | Visible) -> Grid:
+    def grid_of(self, images: Float[Tensor, "b c height width"] | Altered | Visible) -> Grid:
         """Rows and columns of patches of such images.
 
         Raises:
@@ -228,11 +228,11 @@ class ViT(Backbone):
         return grid_of(pixels(images), self.in_channels, self.patch_size)
 
     def embed(
-        self, images: Float[Tensor, "b c height width"] | Masked, grid: Grid
+        self, images: Float[Tensor, "b c height width"] | Altered, grid: Grid
     ) -> Float[Tensor, "b n d"]:
         """Prefix tokens and patches, with the positions that are added at the stem."""
         x = self.patch_embed(pixels(images))
-        if isinstance(images, Masked):
+        if isinstance(images, Altered):
             x = images.over(x)
         return self.add_positions(self.after_prefix(x), grid)
 

@@ -9,7 +9,7 @@ A file goes through three steps: it is read without executing anything in it, it
 renamed to ours by the table of the code base that wrote it, position tables are resampled to
 the network's grid. What is then missing or left over is an error unless it is named.
 
-Sources: timm, DeiT, DeiT-III, MAE, DINO, T2T-ViT (`.pth`, safetensors), Google's
+Sources: timm, DeiT, DeiT-III, MAE, DINO, T2T-ViT, LV-ViT (`.pth`, safetensors), Google's
 vision_transformer and big_vision (`.npz`), and checkpoints of this project.
 """
 
@@ -23,7 +23,7 @@ import timm
 from timm.layers.mlp import SwiGLUPacked
 from torch import nn
 
-from modules.backbones import Backbone, BlockStyle, Hybrid, T2TViT, Timm, ViT, hybrid
+from modules.backbones import Backbone, BlockStyle, Hybrid, LVViT, T2TViT, Timm, ViT, hybrid
 from modules.backbones.any_timm import classifiers
 from modules.backbones.positions import Learned1D
 from modules.backbones.pyramid import Pyramid
@@ -175,12 +175,16 @@ def fill(
         )
         resampled |= fit_positions(state, tokens, backbone, is_ours)
     wanted = {key: network.state_dict()[own[key]] for key in own if key not in kept}
+    found = tuple(state)
+    # A counter that batch norms with a momentum do not read, and that old files have not.
+    counters = {key: wanted[key] for key in wanted if key.endswith(".num_batches_tracked")}
+    state = counters | state
     check_cover(source, state, wanted)
     network.load_state_dict({own[key]: tensor for key, tensor in state.items()}, strict=not kept)
     return Report(
         source,
-        read=tuple(state),
-        renamed={new: origins[new] for new in state if origins[new] != (new,)},
+        read=found,
+        renamed={new: origins[new] for new in found if origins[new] != (new,)},
         resampled=resampled,
         dropped=tuple(dropped),
         kept=tuple(kept),
@@ -248,7 +252,7 @@ def to_timm(network: nn.Module) -> State:
     Raises:
         ValueError: no ViT (a hybrid is one), or parts that timm's has not: pre-logits, relative
             positions, positions at every block, RMS norm of q and k, norms or projections without
-            bias, tokens of tokens.
+            bias, tokens of tokens, an LV-ViT's convolutions.
     """
     vit = getattr(network, "backbone", network)
     if isinstance(vit, Timm):
@@ -259,6 +263,7 @@ def to_timm(network: nn.Module) -> State:
         raise ValueError(f"{type(vit).__name__} has no counterpart among timm's ViTs")
     units = vit.units if isinstance(vit, Hybrid) else None
     lacks = {
+        "convolutions before its patches": isinstance(vit, LVViT),
         "tokens of tokens": isinstance(vit, T2TViT),
         f"hybrid of {units} units": units is not None and units not in hybrid.TIMM,
         "pre_logits": vit.pre_logits is not None,

@@ -8,19 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modules.backbones import BlockStyle, Positions, ViT
+from modules.backbones import BlockStyle, LVViT, Positions, ViT
+from modules.backbones.lvvit import MLP_RATIO
+from modules.backbones.lvvit import VARIANTS as LV_VARIANTS
 from modules.backbones.resampling import sincos2d
 from modules.backbones.vit import VARIANTS, Size
 from modules.weights.files import State
 from modules.weights.names import BESIDE, is_google, with_our_names
 from modules.weights.positions import tokens_of
 
-HEADS = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
+HEADS = tuple(f"{h}.{p}" for h in ("head", "head_dist", "aux_head") for p in ("weight", "bias"))
 MARKS = (  # a name that only this code base writes
     (r"\.gamma_1$", "DeiT-III"),
     (r"^(mask_token|decoder_)", "MAE"),
     (r"^head\.(mlp|last_layer)\.", "DINO"),
     (r"^(positions|relative)\.", "Patchlight"),
+    (r"^patch_embed\.conv1\.", "LV-ViT"),
     (r"^(pos_embed|cls_token)$", "timm, DeiT or DINO"),
 )
 UNKNOWN = "?"
@@ -31,8 +34,9 @@ class Description:
     """One network of a checkpoint.
 
     writer:      the code base whose names it has
-    backbone:    arguments of `modules.backbones.ViT` that it fits, UNKNOWN where shapes do not
-                 tell; None where it is no ViT of ours
+    kind:        which of ours it is
+    backbone:    arguments of it that the network fits, UNKNOWN where shapes do not tell; None
+                 where it is neither
     num_classes: of its head, or None where it has none
     others:      names that belong neither to the backbone nor to its heads
     """
@@ -40,6 +44,7 @@ class Description:
     writer: str
     num_tensors: int
     num_parameters: int
+    kind: type[ViT | LVViT]
     backbone: dict[str, Any] | None
     num_classes: int | None
     others: tuple[str, ...]
@@ -54,9 +59,10 @@ def describe(theirs: State) -> Description:
             writer = name
             break
     backbone, others = None, [name for name in state if name not in HEADS]
+    kind = LVViT if "patch_embed.conv1.weight" in state else ViT
     try:
-        guess = vit_arguments(state, theirs)
-        rest = left_over(state, guess)
+        guess = lvvit_arguments(state) if kind is LVViT else vit_arguments(state, theirs)
+        rest = left_over(state, guess, kind)
     except (KeyError, ValueError):  # not the tensors of a ViT, or not in their shapes
         guess, rest = {}, others
     if guess and all(BESIDE.match(name) for name in rest):
@@ -66,25 +72,26 @@ def describe(theirs: State) -> Description:
         writer,
         num_tensors=len(theirs),
         num_parameters=sum(tensor.numel() for tensor in theirs.values()),
+        kind=kind,
         backbone=backbone,
         num_classes=None if head is None else head.shape[0],
         others=tuple(others),
     )
 
 
-def left_over(state: State, arguments: dict[str, Any]) -> list[str]:
-    """Names that a ViT of these arguments has no place for.
+def left_over(state: State, arguments: dict[str, Any], kind: type[ViT | LVViT] = ViT) -> list[str]:
+    """Names that a backbone of these arguments has no place for.
 
     Raises:
-        ValueError: the state does not fill such a ViT.
+        ValueError: the state does not fill such a one.
     """
     built = {"positions": Positions, "block": BlockStyle}
     given = {k: built[k](**v) if k in built else v for k, v in arguments.items()}
-    if given.get("num_heads") == UNKNOWN:
-        given["num_heads"] = 1
+    given |= {k: 1 for k in ("num_heads", "residual_scale") if given.get(k) == UNKNOWN}
     with torch.device("meta"):
-        wanted = {name: tensor.shape for name, tensor in ViT(**given).state_dict().items()}
-    if any(name not in state or state[name].shape != shape for name, shape in wanted.items()):
+        wanted = {name: tensor.shape for name, tensor in kind(**given).state_dict().items()}
+    needed = {n: shape for n, shape in wanted.items() if not n.endswith("num_batches_tracked")}
+    if any(name not in state or state[name].shape != shape for name, shape in needed.items()):
         raise ValueError("another network")
     computed = {"positions.table"} if is_fixed(arguments) else set()
     return [name for name in state if name not in {*wanted, *HEADS, *computed}]
@@ -141,6 +148,29 @@ def vit_arguments(state: State, theirs: State) -> dict[str, Any]:
         **{"image_size": 224, "pooling": "cls"},
     }
     return {k: v for k, v in found.items() if k not in defaults or v != defaults[k]}
+
+
+def lvvit_arguments(state: State) -> dict[str, Any]:
+    """Arguments of `LVViT` that differ from its defaults.
+
+    Raises:
+        KeyError, ValueError: the state is no LV-ViT's.
+    """
+    dim, stem, half, _ = state["patch_embed.proj.weight"].shape
+    depth = 1 + max(int(m[1]) for k in state if (m := re.match(r"blocks\.(\d+)\.", k)))
+    mlp_dim = state["blocks.0.mlp.fc1.weight"].shape[0]
+    size: dict[str, Any] = {"depth": depth, "embed_dim": dim, "stem_dim": stem}
+    size |= {"num_heads": UNKNOWN, "residual_scale": UNKNOWN}  # neither leaves a trace
+    for name, known in LV_VARIANTS.items():
+        if (known.depth, known.embed_dim, known.stem_dim) == (depth, dim, stem):
+            size = {"variant": name}
+    found = {
+        **{"patch_size": 2 * half, "in_channels": state["patch_embed.conv1.weight"].shape[1]},
+        **position_arguments(state, 2 * half),
+        "mlp_dim": mlp_dim,
+    }
+    defaults = {"patch_size": 16, "in_channels": 3, "image_size": 224, "mlp_dim": MLP_RATIO * dim}
+    return size | {k: v for k, v in found.items() if k not in defaults or v != defaults[k]}
 
 
 def size_arguments(state: State, theirs: State, size: Size) -> dict[str, Any]:

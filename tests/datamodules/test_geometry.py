@@ -16,8 +16,8 @@ from datamodules.geometry import (
     center_crop,
     crop_and_resize,
     draws,
-    make_rand_augment,
     random_resized_crop,
+    timm_rand_augment,
 )
 
 RATIO = (3 / 4, 4 / 3)
@@ -97,7 +97,7 @@ def test_rand_augment_is_timms_under_the_key_and_leaves_generators_alone() -> No
     from timm.data.auto_augment import rand_augment_transform
 
     recipe, image = "rand-m9-mstd0.5-inc1", picture(32, 32)
-    apply = make_rand_augment(recipe, (124, 116, 104))
+    apply = timm_rand_augment(recipe, (124, 116, 104))
     random.seed(3), np.random.seed(3)
     before = random.random(), np.random.rand()
     random.seed(3), np.random.seed(3)
@@ -117,11 +117,11 @@ def test_rand_augment_is_timms_under_the_key_and_leaves_generators_alone() -> No
 
 def test_unknown_rand_augment_recipe() -> None:
     with pytest.raises(ValueError, match="rand_augment 'augmix-3' is not a recipe"):
-        make_rand_augment("augmix-3", (0, 0, 0))
+        timm_rand_augment("augmix-3", (0, 0, 0))
 
 
 def test_no_bits_are_left_of_an_image_now_and_then() -> None:
     """At magnitude 10 timm posterizes to 0 bits, which new versions of Pillow refuse."""
-    apply = make_rand_augment("rand-m10-inc1", (0, 0, 0))
+    apply = timm_rand_augment("rand-m10-inc1", (0, 0, 0))
     image = np.full((8, 8, 3), 200, np.uint8)
     assert any(not apply(image, key).any() for key in range(200))

@@ -11,9 +11,11 @@ import torch
 import yaml
 
 from callbacks.checkpoint import read_checkpoint
+from datamodules.sources import open_source
 from experiments import cli
 from experiments.start import take_weights
 from modules.backbones import ViT
+from tests.label_maps import write_maps
 from tests.runs import EXPERIMENTS, RECIPES, differences, only_run
 
 
@@ -45,6 +47,18 @@ def weights(recipe: Path, directory: Path) -> list[str]:
     vit = ViT("mu", depth=4, in_channels=content["data"]["init_args"].get("channels", 3))
     torch.save(vit.state_dict(), directory / "weights.pth")
     return ["--weights", str(directory / "weights.pth")]
+
+
+def labels(recipe: Path, directory: Path) -> list[str]:
+    """Label maps of the overlay's images, where a recipe learns from them."""
+    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    if "labels" not in content["data"]["init_args"]:
+        return []
+    scenes = yaml.safe_load(overlay_of(recipe).read_text(encoding="utf-8"))["data"]["init_args"]
+    source = open_source("shapes", "train", None, channels=3, **scenes["source_args"])
+    classes = content["model"]["init_args"]["num_classes"]
+    write_maps(directory / "maps", source, num_classes=classes)
+    return [f"--data.init_args.labels={directory / 'maps'}"]
 
 
 def smoke_for(recipe: Path, directory: Path) -> Path:
@@ -81,7 +95,7 @@ def test_recipe(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(tmp_path)
     quiet = "--trainer.enable_progress_bar=false"
     smoke = ["--config", str(recipe), "--config", str(smoke_for(recipe, tmp_path)), quiet]
-    smoke += teacher(recipe, tmp_path) + weights(recipe, tmp_path)
+    smoke += [*teacher(recipe, tmp_path), *weights(recipe, tmp_path), *labels(recipe, tmp_path)]
     first = fit(monkeypatch, *smoke, "--trainer.max_steps=1")
     assert first.trainer.global_step == 1
     run = only_run(tmp_path)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pytest
 import timm
@@ -18,11 +18,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from callbacks.knn import KNN
-from datamodules import ImageDataModule, MultiCropDataModule, PackedDataModule
-from modules import DINO, MAE, LinearProbe, MoCo, Supervised
+from datamodules import (
+    ImageDataModule,
+    MultiCropDataModule,
+    PackedDataModule,
+    TokenLabelDataModule,
+)
+from datamodules.sources import open_source
+from modules import DINO, MAE, LinearProbe, MoCo, Supervised, TokenLabeling
 from modules.backbones import (
     Backbone,
     Hybrid,
+    LVViT,
     NaViT,
     Positions,
     RowRNN,
@@ -37,6 +44,7 @@ from modules.backbones import (
 from modules.distillation import Distillation
 from modules.ibot import MaskedPatches
 from modules.optim import Optimization
+from tests.label_maps import write_maps
 from tests.runs import ROOT
 
 SIDE = 32  # of local crops too: a ResNet halves them five times
@@ -52,36 +60,58 @@ class Family(NamedTuple):
     projects: its patches are made by one projection, which MoCo v3 keeps as it is
     """
 
-    toy: Callable[..., Backbone]
+    toy: partial[Backbone]
     refuses: Mapping[str, str] = MappingProxyType({})
     projects: bool = True
 
 
 NO_TOKEN = {"distillation": "a"}
 WHOLE_IMAGES = {"packs": "b", "MAE": "c", "MAE on packs": "c"} | NO_TOKEN
+NO_MASKS = {"iBOT": "d", "MixToken": "e"}
 FAMILIES = {
-    "ViT": Family(partial(ViT, "mu", 8, SIDE, 1, positions=Positions("sincos2d"))),
+    "ViT": Family(
+        partial(ViT, "mu", 8, image_size=SIDE, in_channels=1, positions=Positions("sincos2d"))
+    ),
     "NaViT": Family(partial(NaViT, "mu", 8, 1), NO_TOKEN),
-    "hybrid": Family(partial(Hybrid, "mu", SIDE, 1), WHOLE_IMAGES, projects=False),
-    "T2T-ViT": Family(partial(T2TViT, "mu", SIDE, 1), WHOLE_IMAGES, projects=False),
-    "Swin": Family(partial(Swin, "mu", SIDE, 1, window=4), WHOLE_IMAGES | {"iBOT": "d"}),
+    "hybrid": Family(
+        partial(Hybrid, "mu", image_size=SIDE, in_channels=1), WHOLE_IMAGES, projects=False
+    ),
+    "T2T-ViT": Family(
+        partial(T2TViT, "mu", image_size=SIDE, in_channels=1), WHOLE_IMAGES, projects=False
+    ),
+    "LV-ViT": Family(
+        partial(LVViT, "mu", 8, image_size=SIDE, in_channels=1), WHOLE_IMAGES, projects=False
+    ),
+    "Swin": Family(
+        partial(Swin, "mu", image_size=SIDE, in_channels=1, window=4), WHOLE_IMAGES | NO_MASKS
+    ),
     "Twins-SVT": Family(
-        partial(TwinsSVT, "mu", SIDE, 1), WHOLE_IMAGES | {"iBOT": "d"}, projects=False
+        partial(TwinsSVT, "mu", image_size=SIDE, in_channels=1),
+        WHOLE_IMAGES | NO_MASKS,
+        projects=False,
     ),
     "Twins-PCPVT": Family(
-        partial(TwinsPCPVT, "mu", SIDE, 1), WHOLE_IMAGES | {"iBOT": "d"}, projects=False
+        partial(TwinsPCPVT, "mu", image_size=SIDE, in_channels=1),
+        WHOLE_IMAGES | NO_MASKS,
+        projects=False,
     ),
     "Twins-SVT compact": Family(
-        partial(TwinsSVTCompact, "mu", SIDE, 1), WHOLE_IMAGES | {"iBOT": "d"}, projects=False
+        partial(TwinsSVTCompact, "mu", image_size=SIDE, in_channels=1),
+        WHOLE_IMAGES | NO_MASKS,
+        projects=False,
     ),
     "rows of images": Family(
-        partial(RowRNN, SIDE, 1, 16), WHOLE_IMAGES | {"iBOT": "d"}, projects=False
+        partial(RowRNN, image_size=SIDE, in_channels=1, hidden_dim=16),
+        WHOLE_IMAGES | NO_MASKS | {"token labels": "f"},
+        projects=False,
     ),
     "Transformers of timm's": Family(
-        partial(Timm, "test_vit", SIDE, 1), WHOLE_IMAGES | {"iBOT": "d"}
+        partial(Timm, "test_vit", image_size=SIDE, in_channels=1), WHOLE_IMAGES | NO_MASKS
     ),
     "ResNets and others of timm's": Family(
-        partial(Timm, "test_resnet", SIDE, 1), WHOLE_IMAGES | {"iBOT": "d"}, projects=False
+        partial(Timm, "test_resnet", image_size=SIDE, in_channels=1),
+        WHOLE_IMAGES | NO_MASKS,
+        projects=False,
     ),
 }
 # What the error says, by the mark that the table has.
@@ -90,10 +120,13 @@ REASONS = {
     "b": "takes no packs: relative positions, windows and convolutions need images of one size",
     "c": "MAE shows its encoder some patches and no others, and this .* needs the whole grid",
     "d": "masked_patches hides patches, and .* takes no masks",
+    "e": "mix_tokens puts patches of one image into another, which .* cannot",
+    "f": r"makes .* patches of an image of .*, and the data has labels for \(64, 64\)",
 }
 
 GRAY: dict[str, Any] = {"source": "digits", "channels": 1, "mean": (0.5,), "std": (0.5,)}
 GRAY |= {"num_workers": 0}
+SCENES = {"num_train": 8, "num_val": 4}
 SGD = Optimization("sgd", base_lr=0.05, reference_batch=None, weight_decay=0.0, warmup_epochs=0.0)
 HEADS = {"num_prototypes": 16, "hidden_dim": 8, "bottleneck_dim": 4, "freeze_last_layer": 0}
 HEADS |= {"stop_on_collapse": False}
@@ -116,6 +149,10 @@ class SamePacks(Twice, PackedDataModule):
     pass
 
 
+class SameLabels(Twice, TokenLabelDataModule):
+    pass
+
+
 class SameViews(Twice, MultiCropDataModule):
     pass
 
@@ -133,6 +170,19 @@ def views(num_local: int) -> MultiCropDataModule:
     return SameViews(**GRAY, **sizes, batch_size=4)
 
 
+def labelled(maps: str) -> TokenLabelDataModule:
+    given = GRAY | {"source": "shapes", "source_args": SCENES}
+    return SameLabels(maps, **given, image_size=2 * SIDE, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def maps(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Of the tokens' labels of all training images."""
+    path = tmp_path_factory.mktemp("maps")
+    write_maps(path, open_source("shapes", "train", None, 1, **SCENES))
+    return str(path)
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Of a teacher."""
@@ -145,7 +195,7 @@ class Method(NamedTuple):
     """A column: the method around a toy, and its data."""
 
     build: Callable[[Family, str], LightningModule]
-    data: Callable[[], Any]
+    data: Callable[..., Any]
 
 
 def distilled(family: Family, weights: str) -> Supervised:
@@ -154,10 +204,18 @@ def distilled(family: Family, weights: str) -> Supervised:
     return Supervised(backbone, 10, SGD, distillation=Distillation(TEACHER, weights))
 
 
+def token_labeling(family: Family, _: str, mix_tokens: Literal["batch"] | None) -> TokenLabeling:
+    """Of larger images: some make one patch of 32 x 32 pixels."""
+    size = {"image_size": 2 * SIDE} if "image_size" in family.toy.keywords else {}
+    return TokenLabeling(family.toy(**size), 10, SGD, mix_tokens=mix_tokens)
+
+
 METHODS = {
     "supervised": Method(lambda f, _: Supervised(f.toy(), 10, SGD), images),
     "packs": Method(lambda f, _: Supervised(f.toy(), 10, SGD), packs),
     "distillation": Method(distilled, images),
+    "token labels": Method(partial(token_labeling, mix_tokens=None), labelled),
+    "MixToken": Method(partial(token_labeling, mix_tokens="batch"), labelled),
     "DINO": Method(lambda f, _: DINO(f.toy(), SGD, **HEADS), partial(views, 1)),
     "iBOT": Method(
         lambda f, _: DINO(f.toy(), SGD, **HEADS, masked_patches=MaskedPatches(probability=1.0)),
@@ -207,15 +265,16 @@ def parameters(network: torch.nn.Module) -> list[Tensor]:
 @pytest.mark.parametrize("column", METHODS)
 @pytest.mark.parametrize("row", FAMILIES)
 @pytest.mark.filterwarnings("ignore")
-def test_two_steps(row: str, column: str, weights: str) -> None:
+def test_two_steps(row: str, column: str, weights: str, maps: str) -> None:
     family, method, losses = FAMILIES[row], METHODS[column], Losses()
+    data = method.data(maps) if method.data is labelled else method.data()
     seed_everything(0, verbose=False)
     if column in family.refuses:
         with pytest.raises(ValueError, match=REASONS[family.refuses[column]]):
-            fit(method.build(family, weights), method.data(), losses)
+            fit(method.build(family, weights), data, losses)
         assert not losses.seen
         return
-    module, data = method.build(family, weights), method.data()
+    module = method.build(family, weights)
     network: Any = next(iter(module.networks().values()))  # type: ignore[operator]
     network = getattr(module, "student", network)
     before = parameters(network.backbone)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modules.backbones import BlockStyle, FactorisedPositions, NaViT, Positions, ViT
+from modules.backbones import BlockStyle, FactorisedPositions, LVViT, NaViT, Positions, ViT
 from modules.backbones.attention import Groups
 from modules.backbones.layers import DropPath
 
@@ -78,6 +78,11 @@ def test_one_pass_gives_what_a_pass_for_each_group_gives(option: str) -> None:
 def test_navit_takes_groups(kind: Any) -> None:
     torch.manual_seed(0)
     check_equal(drawn(NaViT("mu", 8, positions=FactorisedPositions(kind))))
+
+
+def test_lvvit_takes_groups() -> None:
+    torch.manual_seed(0)
+    check_equal(drawn(LVViT("mu", 8, 32)))
 
 
 def test_linear_layers_run_once() -> None:

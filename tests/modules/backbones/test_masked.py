@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.backbones import FactorisedPositions, Masked, NaViT, Positions, ViT
+from modules.backbones import FactorisedPositions, LVViT, Masked, NaViT, Positions, Swapped, ViT
 from tests.modules.backbones.test_groups import drawn, groups
 
 NETWORKS: dict[str, Any] = {
@@ -15,6 +15,7 @@ NETWORKS: dict[str, Any] = {
     "relative": lambda: ViT("mu", 8, 32, positions=Positions("relative")),
     "every": lambda: ViT("mu", 8, 32, positions=Positions("learned2d", "every")),
     "NaViT": lambda: NaViT("mu", 8, positions=FactorisedPositions(max_side=8)),
+    "LV-ViT": lambda: LVViT("mu", 8, 32),
     "NaViT with norms": lambda: NaViT("mu", 8, patch_norm=True),
 }
 
@@ -77,6 +78,23 @@ def test_the_token_is_what_is_projected_of_a_patch() -> None:
         embedded[:, prefix:][is_masked], (token + position)[is_masked], atol=1e-6, rtol=0
     )
     assert torch.equal(embedded[:, prefix:][~is_masked], plain[:, prefix:][~is_masked])
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_swapped_patches_are_those_of_the_partner(name: str) -> None:
+    network, images, is_swapped, _ = made(name)
+    partner = torch.tensor([3, 2, 1, 0])
+    every = network(Swapped(images, torch.ones_like(is_swapped), partner))
+    torch.testing.assert_close(every.pooled, network(images[partner]).pooled, atol=1e-5, rtol=1e-5)
+    none = network(Swapped(images, torch.zeros_like(is_swapped), partner))
+    assert torch.equal(none.patches, network(images).patches)
+    if name != "LV-ViT":  # cutting pixels is the same only where patches do not overlap
+        pixels = is_swapped.view(4, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
+        cut = network(torch.where(pixels, images[partner], images))
+        some = network(Swapped(images, is_swapped, partner))
+        torch.testing.assert_close(some.patches, cut.patches, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"a mask of \(4, 15\) reached images"):
+        network(Swapped(images, is_swapped[:, 1:], partner))
 
 
 def test_a_mask_of_another_grid_is_refused() -> None:
