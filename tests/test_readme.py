@@ -49,7 +49,7 @@ def test_nothing_is_left_out_here() -> None:
     tested += ("patchlight inspect", "patchlight export", "patchlight sweep")
     tested += ("patchlight resolutions", "patchlight knn", "patchlight fewshot", "patchlight look")
     tested += ("patchlight compare", "patchlight jaccard", "patchlight backbones")
-    tested += ("patchlight relabel",)
+    tested += ("patchlight relabel", "patchlight plan", "patchlight shard")
     tested += ("patchlight translate",)
     for line in COMMANDS:
         assert line.startswith((*tested, "patchlight fit --resume", "patchlight fit --config"))
@@ -167,6 +167,18 @@ def test_texts(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     table = tmp_path / "runs" / "sweep" / "translate" / "table.md"
     assert [line.split(" | ")[0] for line in table.open()][2:] == ["| 1.0", "| 0.5", "| 0.0"]
+
+
+@pytest.mark.slow
+def test_on_many_devices(tmp_path: Path) -> None:
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    tree(tmp_path / "my_images")
+    done = patchlight(*command("patchlight plan"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[1] for line in done.stdout.splitlines() if "│" in line] == ["1", "8", "64"]
+    done = patchlight(*command("patchlight shard"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "shards" / "index.json").is_file()
 
 
 @pytest.mark.slow
