@@ -34,7 +34,7 @@ from modules.optim import Optimization, peak
 DEVICES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 GIB = 2**30
 # Bytes that an optimizer keeps of every trained parameter, in float32.
-STATE = {"adamw": 8, "lamb": 8, "sgd": 4, "lars": 4}
+STATE = {"adamw": 8, "lamb": 8, "sgd": 4, "lars": 4, "rmsprop": 8}
 
 
 class Recipe(NamedTuple):

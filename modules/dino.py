@@ -43,7 +43,7 @@ from modules.dino_loss import Center, Targets, diagnose, koleo, sinkhorn_targets
 from modules.dino_network import Head, Network, Seen
 from modules.drawing import pictures_of
 from modules.ibot import Hidden, MaskedPatches, PatchLoss, hide
-from modules.networks import embed, fit_data, starts, teaching
+from modules.networks import embed, fit_data, is_before_sharding, starts, teaching
 from modules.optim import Optimization
 from modules.schedules import dino_cosine, warmup_cosine
 from modules.weights import load_backbone
@@ -168,10 +168,19 @@ class DINO(LightningModule):
     def setup(self, stage: str) -> None:
         check_precision(self.trainer)  # an average in half precision would not move
         fit_data(getattr(self.trainer, "datamodule", None), self.student.backbone)
-        if self.weights is not None and starts(self.trainer):
-            given = (self.weights, self.weights_part, self.weights_drop)
-            rank_zero_info(str(load_backbone(self.student.backbone, *given)))
-            self.teacher.load_state_dict(self.student.state_dict())
+        if is_before_sharding(self.trainer, self.weights):
+            self.load()
+
+    def on_fit_start(self) -> None:
+        if starts(self.trainer, self.weights):
+            self.load()
+
+    def load(self) -> None:
+        """Take first values from `weights`."""
+        assert self.weights is not None
+        given = (self.weights, self.weights_part, self.weights_drop)
+        rank_zero_info(str(load_backbone(self.student.backbone, *given)))
+        self.teacher.load_state_dict(self.student.state_dict())
 
     def train(self, mode: bool = True) -> "DINO":
         super().train(mode)

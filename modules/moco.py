@@ -39,7 +39,7 @@ from modules import optim
 from modules.backbones import Backbone
 from modules.checks import check_at_least, check_precision, check_weights
 from modules.drawing import pictures_of
-from modules.networks import AroundBackbone, embed, fit_data, starts, teaching
+from modules.networks import AroundBackbone, embed, fit_data, is_before_sharding, starts, teaching
 from modules.optim import Optimization
 from modules.schedules import warmup_cosine
 from modules.weights import load_backbone
@@ -179,10 +179,19 @@ class MoCo(LightningModule):
     def setup(self, stage: str) -> None:
         check_precision(self.trainer)  # an average in half precision would not move
         fit_data(getattr(self.trainer, "datamodule", None), self.student.backbone)
-        if self.weights is not None and starts(self.trainer):
-            given = (self.weights, self.weights_part, self.weights_drop)
-            rank_zero_info(str(load_backbone(self.student.backbone, *given)))
-            self.teacher.backbone.load_state_dict(self.student.backbone.state_dict())
+        if is_before_sharding(self.trainer, self.weights):
+            self.load()
+
+    def on_fit_start(self) -> None:
+        if starts(self.trainer, self.weights):
+            self.load()
+
+    def load(self) -> None:
+        """Take first values from `weights`."""
+        assert self.weights is not None
+        given = (self.weights, self.weights_part, self.weights_drop)
+        rank_zero_info(str(load_backbone(self.student.backbone, *given)))
+        self.teacher.backbone.load_state_dict(self.student.backbone.state_dict())
 
     def train(self, mode: bool = True) -> "MoCo":
         super().train(mode)

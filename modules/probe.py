@@ -39,7 +39,7 @@ from modules.backbones.attention import Segments
 from modules.backbones.pooling import mean_patch
 from modules.checks import check_classes, check_precision, check_weights
 from modules.losses import soft_cross_entropy, soft_targets
-from modules.networks import embed, fit_data, starts
+from modules.networks import embed, fit_data, is_before_sharding, starts
 from modules.optim import Optimization
 from modules.weights import load_backbone
 
@@ -175,11 +175,18 @@ class LinearProbe(LightningModule):
         check_classes(data, self.num_classes)
         check_precision(self.trainer)
         fit_data(data, self.probe.backbone)
-        if not starts(self.trainer):  # a run that goes on has its backbone
-            return
-        if self.weights is None:
+        if is_before_sharding(self.trainer, self.weights):
+            self.load()
+
+    def on_fit_start(self) -> None:
+        if self.weights is None and self.trainer.ckpt_path is None:
             rank_zero_warn("weights is null: first values are probed, a random network")
-            return
+        if starts(self.trainer, self.weights):
+            self.load()
+
+    def load(self) -> None:
+        """Take the backbone from `weights`."""
+        assert self.weights is not None
         given = (self.weights, self.weights_part, self.weights_drop)
         rank_zero_info(str(load_backbone(self.probe.backbone, *given)))
 

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
@@ -58,7 +58,8 @@ class Sharded(ModelParallelStrategy):
             self._layer_sync.apply(method)
         self.model_to_device()  # what is spread out below is on its device
         for network in method.children():
-            if isinstance(network, AroundBackbone):
+            is_spread = isinstance(network, FSDPModule)  # by a fit before this evaluation
+            if isinstance(network, AroundBackbone) and not is_spread:
                 spread(network, self.device_mesh["data_parallel"])
         self.model = self.precision_plugin.convert_module(method)
         self.barrier()
@@ -88,8 +89,10 @@ class Sharded(ModelParallelStrategy):
         with torch.no_grad():
             for name, tensor in model.state_dict().items():
                 tensor.copy_(own_part(checkpoint["state_dict"][name], tensor))
-        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            take_state(optimizer, saved)
+        if self.optimizers:  # none in evaluation
+            states = checkpoint["optimizer_states"]
+            for optimizer, saved in zip(self.optimizers, states, strict=True):
+                take_state(optimizer, saved)
         return checkpoint
 
 

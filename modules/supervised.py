@@ -38,7 +38,7 @@ from modules.checks import check_classes, check_precision, check_weights
 from modules.distillation import Distillation, Teacher, distill
 from modules.drawing import pictures_of
 from modules.losses import LOSSES, loss_per_image, soft_targets
-from modules.networks import AroundBackbone, embed, fit_data, starts
+from modules.networks import AroundBackbone, embed, fit_data, is_before_sharding, starts
 from modules.optim import Optimization
 from modules.scores import add_scores, log_scores
 from modules.weights import load as load_weights
@@ -197,8 +197,8 @@ class Supervised(LightningModule):
             )
             if data is not None and hasattr(data, "mean"):
                 self.teacher.check_normalization(data.mean, data.std)
-        if self.weights is not None and starts(self.trainer):
-            self.load(self.weights)
+        if is_before_sharding(self.trainer, self.weights):
+            self.load()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.teacher is not None:
@@ -208,9 +208,10 @@ class Supervised(LightningModule):
         if self.teacher is not None:
             self.teacher.check_fingerprint(checkpoint.get("teacher"))
 
-    def load(self, weights: str) -> None:
-        """Take first values from a file."""
-        given = (weights, self.weights_part, self.weights_drop)
+    def load(self) -> None:
+        """Take first values from `weights`."""
+        assert self.weights is not None
+        given = (self.weights, self.weights_part, self.weights_drop)
         if self.weights_scope == "backbone":
             rank_zero_info(str(load_backbone(self.classifier.backbone, *given)))
         else:
@@ -219,6 +220,8 @@ class Supervised(LightningModule):
             self.averaged.load_state_dict(self.classifier.state_dict())
 
     def on_fit_start(self) -> None:
+        if starts(self.trainer, self.weights):
+            self.load()
         if self.teacher is not None:
             self.teacher.to(self.classifier.head.weight)
 

@@ -47,7 +47,7 @@ from modules.checks import (
 )
 from modules.drawing import pictures_of
 from modules.losses import soft_cross_entropy
-from modules.networks import AroundBackbone, embed, fit_data, starts
+from modules.networks import AroundBackbone, embed, fit_data, is_before_sharding, starts
 from modules.optim import Optimization
 from modules.scores import add_scores, log_scores
 from modules.token_loss import (
@@ -216,12 +216,17 @@ class TokenLabeling(LightningModule):
                 f"data.init_args.batch_size is {size}; expected an even number, as mix_tokens "
                 f"mixes pairs"
             )
-        if self.weights is not None and starts(self.trainer):
-            self.load(self.weights)
+        if is_before_sharding(self.trainer, self.weights):
+            self.load()
 
-    def load(self, weights: str) -> None:
-        """Take first values from a file."""
-        given = (weights, self.weights_part, self.weights_drop)
+    def on_fit_start(self) -> None:
+        if starts(self.trainer, self.weights):
+            self.load()
+
+    def load(self) -> None:
+        """Take first values from `weights`."""
+        assert self.weights is not None
+        given = (self.weights, self.weights_part, self.weights_drop)
         if self.weights_scope == "backbone":
             rank_zero_info(str(load_backbone(self.classifier.backbone, *given)))
         else:

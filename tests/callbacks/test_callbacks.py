@@ -67,7 +67,7 @@ def test_a_run_that_diverges_stops_and_keeps_what_it_had(tmp_path: Path) -> None
 
     run = small.trainer(tmp_path, Spoil(), FiniteLoss(), log_every_n_steps=100)
     with pytest.raises(
-        ValueError, match=r"infinite or not a number at step 7; last\.ckpt is older"
+        ValueError, match=r"infinite or not a number at step 6; last\.ckpt is older"
     ):
         run.fit(small.method(), small.data())
     kept = read_checkpoint(next(tmp_path.rglob("last.ckpt")))

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from callbacks import Throughput, throughput
 from callbacks.throughput import peak_flops, tokens_of
-from datamodules import module as data_module
+from datamodules import placed
 from datamodules.batch import ImageBatch, MultiCropBatch
 from datamodules.module import Needs
 from datamodules.placed import WaitedLoader
@@ -67,7 +67,7 @@ def test_rates_and_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     promised = 1e9  # by a device whose FLOPs are known
     clock, callback = Clock(), Throughput()
     monkeypatch.setattr(throughput, "peak_flops", lambda *_: promised)
-    for module in (throughput, data_module):
+    for module in (throughput, placed):
         monkeypatch.setattr(module, "time", clock)
     small.trainer(tmp_path, clock, callback).fit(small.method(), clock.data())
     found = curves(tmp_path)

@@ -21,9 +21,9 @@ from tests.runs import EXPERIMENTS, RECIPES, differences, only_run
 
 def fit(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> cli.PatchlightCLI:
     """What `patchlight fit` leaves behind, in this process."""
-    command, resume = cli.take_resume(take_weights(["fit", *arguments]))
+    command, run, is_resumed = cli.take_run(take_weights(["fit", *arguments]))
     monkeypatch.setattr(sys, "argv", ["patchlight", *command])
-    return cli.PatchlightCLI(resume)
+    return cli.PatchlightCLI(run, is_resumed)
 
 
 def teacher(recipe: Path, directory: Path) -> list[str]:

@@ -19,6 +19,7 @@ class Keep(AtomicCheckpointIO):
     """Keeps a copy of every checkpoint that is written."""
 
     def __init__(self, directory: Path) -> None:
+        super().__init__()
         self.directory = directory
 
     def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
