@@ -11,7 +11,7 @@ has, where it is not at hand.
 
 import argparse
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ from datamodules.multicrop import MultiCropDataModule
 from datamodules.one_size import OneSizeDataModule
 from datamodules.sampling import Groups, TrainBatches
 from datamodules.sources import Grouped
-from modules.backbones import Backbone
+from modules.backbones import Backbone, resampling
 from modules.optim import Optimization, peak
 
 DEVICES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -215,7 +215,8 @@ def activations(recipe: Recipe) -> float:
         views = [(2, side), (recipe.data.num_local, recipe.data.local_size)]
     kept = []
     # Unlike those on the meta device, fake tensors of a CPU know autocast.
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    # Tables that are kept for later must be no fakes.
+    with kept_apart(), FakeTensorMode(allow_non_fake_inputs=True):
         trained.to_empty(device="cpu")
         for images in (1, 2):
             groups = [
@@ -225,6 +226,19 @@ def activations(recipe: Recipe) -> float:
             ]
             kept.append(bytes_kept(trained, groups, recipe.is_half))
     return float(kept[1] - kept[0])
+
+
+@contextlib.contextmanager
+def kept_apart() -> Iterator[None]:
+    """What is cached within is forgotten, and what was before is not used."""
+    caches = [f for f in vars(resampling).values() if hasattr(f, "cache_clear")]
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        yield
+    finally:
+        for cache in caches:
+            cache.cache_clear()
 
 
 def bytes_kept(backbone: Backbone, groups: list[Tensor], is_half: bool) -> int:
