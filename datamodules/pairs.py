@@ -48,6 +48,9 @@ class Pair(NamedTuple):
     source: str
     target: str
 
+    def reversed(self) -> "Pair":
+        return Pair(self.target, self.source)
+
 
 @runtime_checkable
 class Pairs(Protocol):
@@ -135,18 +138,20 @@ class Generated:
 
     def hold(self, count: int) -> list[int | datetime.date]:
         """So many different values that are held out, always the same."""
-        found: dict[int | datetime.date, int] = {}
+        found: dict[int | datetime.date, None] = {}
+        newest = 0
         for attempt in itertools.count():
             value = self.draw(HOLD, attempt)
-            if is_held_out(ordinal(value)):
-                found.setdefault(value, attempt)
+            if is_held_out(ordinal(value)) and value not in found:
+                found[value], newest = None, attempt
             if len(found) == count:
                 return list(found)
-            if attempt - max(found.values(), default=0) > PATIENCE:
+            if attempt - newest > PATIENCE:
                 break
+        more = "" if self.kind == "dates" else f", or max_digits to more than {self.max_digits}"
         raise ValueError(
-            f"no {count} held-out {self.kind} of up to {self.max_digits} digits could be drawn; "
-            f"set num_val to at most {len(found)}, or max_digits to more"
+            f"no {count} held-out {self.kind} could be drawn; set num_val to at most "
+            f"{len(found)}{more}"
         )
 
     def texts(self) -> Iterator[Pair]:
@@ -177,6 +182,7 @@ class FilePairs:
         split: "train" or "val"; no source is in both.
         val_share: share of the sources that is held out.
         max_pairs: only the first so many pairs; null for all.
+        reverse: targets are translated into sources.
 
     Raises:
         ValueError: no such file, one without pairs or too few to hold some out, a line that is
@@ -184,11 +190,20 @@ class FilePairs:
     """
 
     def __init__(
-        self, path: str, split: Split, val_share: float = 0.2, max_pairs: int | None = None
+        self,
+        path: str,
+        split: Split,
+        val_share: float = 0.2,
+        max_pairs: int | None = None,
+        reverse: bool = False,
     ) -> None:
+        if max_pairs is not None and max_pairs < 1:
+            raise ValueError(f"max_pairs is {max_pairs}; expected at least 1, or null")
         if not 0.0 < val_share < 1.0:
             raise ValueError(f"val_share is {val_share}; expected within (0, 1)")
         self.everything = read_pairs(Path(path))[:max_pairs]
+        if reverse:  # before any is held out, so that no text to be translated is in both splits
+            self.everything = [pair.reversed() for pair in self.everything]
         sources = list(dict.fromkeys(pair.source for pair in self.everything))
         count = max(1, round(val_share * len(sources)))
         if count >= len(sources):
@@ -246,14 +261,14 @@ def open_pairs(source: str, split: Split, reverse: bool, arguments: dict[str, An
         if source in KINDS:
             found: Pairs = Generated(source, split, **arguments)  # type: ignore[arg-type]
         else:
-            found = FilePairs(source, split, **arguments)
+            return FilePairs(source, split, **arguments, reverse=reverse)
     except TypeError as error:
         raise ValueError(f"source_args of {source} are {arguments}: {error}") from error
     return Reversed(found) if reverse else found
 
 
 class Reversed:
-    """The other way: targets are translated into sources."""
+    """Generated pairs the other way: targets are translated into sources."""
 
     def __init__(self, pairs: Pairs) -> None:
         self.pairs = pairs
@@ -262,8 +277,7 @@ class Reversed:
         return len(self.pairs)
 
     def pair(self, index: int, key: int) -> Pair:
-        source, target = self.pairs.pair(index, key)
-        return Pair(target, source)
+        return self.pairs.pair(index, key).reversed()
 
     def texts(self) -> Iterable[Pair]:
-        return (Pair(target, source) for source, target in self.pairs.texts())
+        return (pair.reversed() for pair in self.pairs.texts())

@@ -33,6 +33,7 @@ class MultiHeadAttention(nn.Module):
         key_dim: d of each head.
         value_dim: dv of each head; null for key_dim.
         memory_dim: width of what is looked at; null for query_dim.
+        content_dim: width of what is read there; null for memory_dim.
         out_dim: width of the output; null for query_dim.
         dropout: of the weights.
         bias: whether projections have a bias.
@@ -46,17 +47,22 @@ class MultiHeadAttention(nn.Module):
         value_dim: int | None = None,
         memory_dim: int | None = None,
         out_dim: int | None = None,
+        content_dim: int | None = None,
         dropout: float = 0.0,
         bias: bool = True,
     ) -> None:
         super().__init__()
-        value_dim, memory_dim = value_dim or key_dim, memory_dim or query_dim
+        value_dim = key_dim if value_dim is None else value_dim
+        memory_dim = query_dim if memory_dim is None else memory_dim
+        content_dim = memory_dim if content_dim is None else content_dim
+        out_dim = query_dim if out_dim is None else out_dim
         check_at_least(1, num_heads=num_heads, key_dim=key_dim, value_dim=value_dim)
+        check_at_least(1, memory_dim=memory_dim, content_dim=content_dim, out_dim=out_dim)
         self.num_heads, self.scale = num_heads, 1.0 / math.sqrt(key_dim)
         self.query = nn.Linear(query_dim, num_heads * key_dim, bias=bias)
         self.key = nn.Linear(memory_dim, num_heads * key_dim, bias=bias)
-        self.value = nn.Linear(memory_dim, num_heads * value_dim, bias=bias)
-        self.out = nn.Linear(num_heads * value_dim, out_dim or query_dim, bias=bias)
+        self.value = nn.Linear(content_dim, num_heads * value_dim, bias=bias)
+        self.out = nn.Linear(num_heads * value_dim, out_dim, bias=bias)
         self.drop = nn.Dropout(dropout)
         for layer in (self.query, self.key, self.value, self.out):
             nn.init.xavier_uniform_(layer.weight)

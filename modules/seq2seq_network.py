@@ -1,6 +1,6 @@
 """The recurrent encoder and decoder of `modules.seq2seq`."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from modules.alignment import Alignment, Kind
+from modules.backbones.row_rnn import whole
 
 Cell = Literal["lstm", "gru"]
 CELLS = {"lstm": nn.LSTM, "gru": nn.GRU}
@@ -102,12 +103,9 @@ class EncoderDecoder(nn.Module):
     def encode(self, source: Int[Tensor, "b s"], lengths: Int[Tensor, " b"] | None) -> Memory:
         """Read the sources; with `lengths` what comes after is never seen."""
         x = self.drop(self.sources(source))
-        if lengths is None:
-            outputs, state = self.encoder(x)
-        else:  # torch plans this on the CPU
-            packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
-            read, state = self.encoder(packed)
-            outputs, _ = pad_packed_sequence(read, batch_first=True, total_length=x.shape[1])
+        with whole(x.device):
+            x = x.float() if x.device.type == "cpu" else x
+            outputs, state = self.read(x, lengths)
         h, c = state if self.cell == "lstm" else (state, None)
         h, c = self.side_by_side(h), None if c is None else self.side_by_side(c)
         if self.attention is None:
@@ -116,6 +114,20 @@ class EncoderDecoder(nn.Module):
         every = torch.full_like(source[:, 0], x.shape[1]) if lengths is None else lengths
         is_valid = places < every[:, None]
         return Memory(h, c, outputs, self.attention.prepare(outputs), is_valid)
+
+    def read(
+        self, x: Float[Tensor, "b s e"], lengths: Int[Tensor, " b"] | None
+    ) -> tuple[Float[Tensor, "b s d"], Any]:
+        """The encoder's outputs and its last state."""
+        if lengths is None:
+            outputs, state = self.encoder(x)
+            return outputs, state
+        packed = pack_padded_sequence(  # which torch plans on the CPU
+            x, lengths.cpu(), batch_first=True, enforce_sorted=False
+        )
+        read, state = self.encoder(packed)
+        outputs, _ = pad_packed_sequence(read, batch_first=True, total_length=x.shape[1])
+        return outputs, state
 
     def side_by_side(self, state: Float[Tensor, "_ b _"]) -> Float[Tensor, "b layers d"]:
         """The states of both directions of a layer as one, the batch first."""
@@ -150,10 +162,12 @@ class EncoderDecoder(nn.Module):
     ) -> tuple[Float[Tensor, "b t d"], Memory]:
         """The decoder's cells over some steps."""
         h = memory.h.transpose(0, 1).contiguous()
-        if memory.c is None:
-            states, h = self.decoder(x, h)
-            return states, memory._replace(h=h.transpose(0, 1))
-        states, (h, c) = self.decoder(x, (h, memory.c.transpose(0, 1).contiguous()))
+        with whole(x.device):
+            x = x.float() if x.device.type == "cpu" else x
+            if memory.c is None:
+                states, h = self.decoder(x, h)
+                return states, memory._replace(h=h.transpose(0, 1))
+            states, (h, c) = self.decoder(x, (h, memory.c.transpose(0, 1).contiguous()))
         return states, memory._replace(h=h.transpose(0, 1), c=c.transpose(0, 1))
 
     def look(

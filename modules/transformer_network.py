@@ -147,9 +147,10 @@ class EncoderDecoder(nn.Module):
         ends = [layer_norm(embed_dim, style) if norm == "pre" else nn.Identity() for _ in range(2)]
         self.encoder_norm, self.decoder_norm = ends
         self.drop = nn.Dropout(dropout)
+        fused = {part.qkv for part in self.modules() if isinstance(part, Attention)}
         for part in self.modules():
             if isinstance(part, nn.Linear):
-                for each in part.weight.chunk(3 if part.out_features == 3 * embed_dim else 1):
+                for each in part.weight.chunk(3 if part in fused else 1):
                     nn.init.xavier_uniform_(each)  # q, k and v each on its own
                 if part.bias is not None:
                     nn.init.zeros_(part.bias)

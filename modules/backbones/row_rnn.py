@@ -12,7 +12,8 @@ A way's last output has read the whole image: f_n ends at the bottom row, b_1 at
 """
 
 from collections.abc import Callable
-from typing import Literal, overload
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, overload
 
 import torch
 from einops import rearrange
@@ -30,6 +31,11 @@ MERGES = ("concat", "sum", "mul", "ave", "none")
 # (h, c) of an LSTM, h of the others, each [1, b, d].
 State = Tensor | tuple[Tensor, Tensor]
 Both = tuple[Tensor, Tensor]
+
+
+def whole(device: torch.device) -> AbstractContextManager[Any]:
+    """No autocast on a CPU, whose bfloat16 LSTM is not there on all processors."""
+    return torch.autocast("cpu", enabled=False) if device.type == "cpu" else nullcontext()
 
 
 def merged(forward: Tensor, backward: Tensor, merge: Merge) -> Tensor | Both:
@@ -86,8 +92,10 @@ class Bidirectional(nn.Module):
 
         The states are what each network begins with, zeros where none are given.
         """
-        ahead, _ = self.forward_rnn(x, forward_state)
-        back, _ = self.backward_rnn(x.flip(1), backward_state)
+        with whole(x.device):
+            x = x.float() if x.device.type == "cpu" else x
+            ahead, _ = self.forward_rnn(x, forward_state)
+            back, _ = self.backward_rnn(x.flip(1), backward_state)
         sequence = merged(ahead, back.flip(1), self.merge)
         return sequence, merged(ahead[:, -1], back[:, -1], self.merge)
 

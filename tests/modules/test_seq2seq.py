@@ -17,6 +17,7 @@ from datamodules.text import Collate, Item, TextDataModule
 from datamodules.vocabulary import END, START, Codec, Vocabulary
 from modules import Seq2Seq, Transformer
 from modules.alignment import Alignment
+from modules.backbones import RowRNN
 from modules.decoding import Search
 from modules.optim import Optimization
 from modules.seq2seq_network import EncoderDecoder
@@ -342,3 +343,20 @@ def test_data_that_is_no_text(tmp_path: Path) -> None:
         trainer(tmp_path).fit(Seq2Seq(hidden_dim=4), images(batch_size=2))
     with pytest.raises(ValueError, match="the checkpoint has no vocabularies"):
         Seq2Seq(hidden_dim=4).on_load_checkpoint({})
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_bfloat16_leaves_the_cells_of_a_cpu_alone(cell: Any) -> None:
+    """Not every processor has an LSTM in bfloat16."""
+    torch.manual_seed(0)
+    network = EncoderDecoder(9, 9, hidden_dim=8, cell=cell, attention="additive").eval()
+    rows = RowRNN(8, 1, 8, cell=cell).eval()
+    source, lengths = torch.randint(0, 9, (3, 5)), torch.tensor([5, 3, 4])
+    images = torch.randn(2, 1, 8, 8)
+    found = []
+    for is_half in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_half):
+            logits, _, _ = network.decode(source, network.encode(source, lengths))
+            found.append((logits.float(), rows(images).pooled))
+    torch.testing.assert_close(found[1][0], found[0][0], atol=0.05, rtol=0.05)
+    assert torch.equal(found[1][1], found[0][1])

@@ -73,6 +73,18 @@ def test_keys_and_values_of_their_own_widths() -> None:
     torch.testing.assert_close(mine(query, key, value, nothing)[1], torch.full_like(weights, 1 / 8))
     same, _ = mine(query, key)
     torch.testing.assert_close(same, mine(query, key, key)[0])
+    other = MultiHeadAttention(10, 2, 5, memory_dim=7, content_dim=9)
+    theirs = torch.nn.MultiheadAttention(10, 2, kdim=7, vdim=9, batch_first=True)
+    state = {"q": other.query, "k": other.key, "v": other.value}
+    with torch.no_grad():
+        for name, layer in state.items():
+            getattr(theirs, f"{name}_proj_weight").copy_(layer.weight)
+        theirs.in_proj_bias.copy_(torch.cat([layer.bias for layer in state.values()]))
+        theirs.out_proj.load_state_dict(other.out.state_dict())
+    read = torch.randn(4, 8, 9)
+    torch.testing.assert_close(other(query, key, read)[0], theirs(query, key, read)[0])
+    with pytest.raises(ValueError, match="value_dim is 0; expected at least 1"):
+        MultiHeadAttention(10, 2, 5, value_dim=0)
     dropped = MultiHeadAttention(10, 2, 3, dropout=0.5, memory_dim=7)
     assert not torch.equal(dropped(query, key)[0], dropped(query, key)[0])
     assert torch.equal(dropped.eval()(query, key)[0], dropped(query, key)[0])
@@ -218,3 +230,11 @@ def test_every_option_changes_the_network() -> None:
 def test_values_that_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Transformer(**changes)
+
+
+def test_first_values_of_an_mlp_of_three_widths() -> None:
+    """Glorot's bound, which its shape alone would take for three squares."""
+    network = EncoderDecoder(11, 11, 8, 2, 24, 2)
+    for name, weight in network.named_parameters():
+        if name.endswith("fc1.weight"):
+            assert 0.3 < weight.abs().max() <= (6 / (8 + 24)) ** 0.5
