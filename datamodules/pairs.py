@@ -38,6 +38,9 @@ HASHES, HELD_OUT = 100, 10
 # Smaller numbers are the words that others are made of: all of them are for training.
 SMALL = 100
 YEARS = (1000, 2999)
+# The longest numbers of one to three digits, in English and in French, and the longest dates.
+LONGEST = ((7, 77, 777), (4, 97, 497))
+LONGEST_DATES = ((2777, 9, 27), (2497, 9, 24))
 PATIENCE = 1_000  # draws without a new held-out value after which there are taken to be no more
 DRAW, HOLD = 0x9A15, 0x401D  # streams of random numbers
 
@@ -61,7 +64,7 @@ class Pairs(Protocol):
     def pair(self, index: int, key: int) -> Pair: ...
 
     def texts(self) -> Iterable[Pair]:
-        """Pairs that have every character and word of both splits."""
+        """Pairs that have every character and word of both splits, the longest texts among them."""
         ...
 
 
@@ -98,7 +101,7 @@ class Generated:
         split: "train", or "val" for `num_val` different values that are held out.
         num_train: pairs in what is called an epoch.
         num_val: pairs to evaluate on.
-        max_digits: of the largest number, 3 to 9.
+        max_digits: of the largest number, 3 to 9; null for 6, and where there are only dates.
     """
 
     def __init__(
@@ -107,8 +110,11 @@ class Generated:
         split: Split,
         num_train: int = 20_000,
         num_val: int = 1_000,
-        max_digits: int = 6,
+        max_digits: int | None = None,
     ) -> None:
+        if kind == "dates" and max_digits is not None:
+            raise ValueError(f"max_digits is {max_digits}, but dates have no numbers; leave it out")
+        max_digits = 6 if max_digits is None else max_digits
         if not 3 <= max_digits <= 9:
             raise ValueError(f"max_digits is {max_digits}; expected within 3 to 9")
         if min(num_train, num_val) < 1:
@@ -159,11 +165,17 @@ class Generated:
             first = datetime.date(YEARS[0], 1, 1).toordinal()
             yield from (date(datetime.date.fromordinal(first + i)) for i in range(366))
             yield from (date(datetime.date(y, 1, 1)) for y in (1200, *range(1900, 2101)))
+            yield from (date(datetime.date(*longest)) for longest in LONGEST_DATES)
         if self.kind != "dates":
             ends = itertools.chain(range(200), range(200, 1000, 100), (1_100, 1_201, 2_000))
             yield from map(number, ends)
             rounded = (1_000, 80_000, 200_000, 1_000_000, 2_000_000, 200_000_000)
             yield from (number(n) for n in rounded if n < 10**self.max_digits)
+            for leads in LONGEST:
+                thousands, rest = divmod(self.max_digits, 3)
+                lead = [leads[rest - 1]] if rest else []
+                digits = "".join(map(str, [*lead, *[leads[2]] * thousands]))
+                yield number(int(digits))
 
 
 def ordinal(value: int | datetime.date) -> int:
@@ -201,7 +213,7 @@ class FilePairs:
             raise ValueError(f"max_pairs is {max_pairs}; expected at least 1, or null")
         if not 0.0 < val_share < 1.0:
             raise ValueError(f"val_share is {val_share}; expected within (0, 1)")
-        self.everything = read_pairs(Path(path))[:max_pairs]
+        self.everything = read_pairs(Path(path), modified(Path(path)))[:max_pairs]
         if reverse:  # before any is held out, so that no text to be translated is in both splits
             self.everything = [pair.reversed() for pair in self.everything]
         sources = list(dict.fromkeys(pair.source for pair in self.everything))
@@ -224,9 +236,18 @@ class FilePairs:
         return self.everything
 
 
+def modified(path: Path) -> int | None:
+    """When a file was written last, in nanoseconds, if it is there."""
+    return path.stat().st_mtime_ns if path.is_file() else None
+
+
 @lru_cache(maxsize=4)
-def read_pairs(path: Path) -> list[Pair]:
-    """The pairs of a file; empty lines are passed over."""
+def read_pairs(path: Path, written: int | None) -> list[Pair]:
+    """The pairs of a file; empty lines are passed over.
+
+    Args:
+        written: what makes it another file under the same name.
+    """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:

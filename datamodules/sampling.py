@@ -230,7 +230,7 @@ class TrainBatches(Batches[list[Sample]]):
         length = num_samples // (batch_size * world_size)
         if length == 0:
             raise ValueError(
-                f"{num_samples} training images do not fill one global batch of {batch_size} x "
+                f"{num_samples} training samples do not fill one global batch of {batch_size} x "
                 f"{world_size} device(s); set data.batch_size to at most "
                 f"{num_samples // world_size}"
             )

@@ -12,7 +12,7 @@ from datamodules.pairs import Pair, Pairs, open_pairs
 from datamodules.placed import PlacedDataModule, limited
 from datamodules.sampling import EvalBatches, Sample, TrainBatches
 from datamodules.sources import Split
-from datamodules.vocabulary import END, LEVELS, START, Codec, Level, Vocabulary
+from datamodules.vocabulary import END, LEVELS, START, Codec, Level, Vocabulary, check_room, split
 
 SPLITS: tuple[Split, Split] = ("train", "val")
 
@@ -75,7 +75,8 @@ class TextDataModule(PlacedDataModule):
         codec: the vocabularies, once it was set up.
 
     Raises:
-        ValueError: values out of range, or what the source raises.
+        ValueError: values out of range, texts that `pad_to` has no room for, or what the source
+            raises.
     """
 
     def __init__(
@@ -114,6 +115,27 @@ class TextDataModule(PlacedDataModule):
         else:
             source = Vocabulary.of(sources, self.level)
             self.codec = Codec(source, Vocabulary.of(targets, self.level, marks), self.pad_to)
+        if self.pad_to is not None:
+            self.check_pad_to(sources, targets)
+
+    def check_pad_to(self, sources: Sequence[str], targets: Sequence[str]) -> None:
+        """Before the first step rather than at the batch that has the longest text.
+
+        Raises:
+            ValueError: a text that there is no room for, with the least `pad_to` that has it.
+        """
+        lengths = [[len(split(t, self.level)) for t in texts] for texts in (sources, targets)]
+        lengths[1] = [length + 2 for length in lengths[1]]
+        rooms = self.pad_to or (None, None)
+        try:
+            for name, texts, each, room in zip(
+                ("source", "target"), (sources, targets), lengths, rooms, strict=True
+            ):
+                check_room(name, texts, each, room)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; set it to [{max(lengths[0])}, {max(lengths[1])}] or more, or to null"
+            ) from None
 
     def train_dataloader(self) -> DataLoader[TextBatch]:
         """The loader of this rank, going on where the trainer's batch counter stands."""

@@ -55,16 +55,17 @@ class Vocabulary:
         """The numbers of a text's tokens.
 
         Raises:
-            ValueError: a token that is not in the vocabulary.
+            ValueError: a token that is not in the vocabulary, or is a mark of start or end.
         """
         tokens = split(text, self.level)
         for place, token in enumerate(tokens):
-            if token not in self.ids:  # type: ignore[attr-defined]
+            if token not in self.ids or token in (START, END):  # type: ignore[attr-defined]
                 what = "character" if self.level == "characters" else "word"
                 known = "".join(t for t in self.tokens if t not in (START, END))
                 listed = f": {known}" if self.level == "characters" else f" of {len(self)} words"
                 raise ValueError(
-                    f"{what} {token!r} ({place + 1} of {text!r}) is not in the vocabulary{listed}"
+                    f"{what} {token!r} ({place + 1} of {shown(text)}) is not in the "
+                    f"vocabulary{listed}"
                 )
         return [self[token] for token in tokens]
 
@@ -108,12 +109,17 @@ class Codec:
         """
         if "" in texts:
             raise ValueError("a text is empty; there is nothing to translate")
-        return pad([self.source.encode(t) for t in texts], self.pad_to and self.pad_to[0], texts)
+        rows = [self.source.encode(text) for text in texts]
+        room = None if self.pad_to is None else self.pad_to[0]
+        check_room("source", texts, map(len, rows), room)
+        return pad(rows, room)
 
     def encode_targets(self, texts: Sequence[str]) -> tuple[Int[Tensor, "b t"], Int[Tensor, " b"]]:
         """Targets between their marks, padded with token 0, and their lengths with the marks."""
         rows = [[self.start, *self.target.encode(text), self.end] for text in texts]
-        return pad(rows, self.pad_to and self.pad_to[1], texts)
+        room = None if self.pad_to is None else self.pad_to[1]
+        check_room("target", texts, map(len, rows), room)
+        return pad(rows, room)
 
     def as_primitives(self) -> dict[str, Any]:
         """What `of_primitives` reads again."""
@@ -131,19 +137,36 @@ class Codec:
         return cls(source, target, None if pad_to is None else (pad_to[0], pad_to[1]))
 
 
+def shown(text: str, most: int = 60) -> str:
+    """A text as a message has it."""
+    return repr(text) if len(text) <= most else repr(text[:most]) + " ..."
+
+
+def check_room(name: str, texts: Sequence[str], lengths: Iterable[int], room: int | None) -> None:
+    """Refuse texts that are longer than what they are padded to.
+
+    Args:
+        name: "source" or "target", for the message.
+        lengths: of these texts, in tokens, a target's with both marks.
+
+    Raises:
+        ValueError: such a text, the longest of them.
+    """
+    longest, text = max(zip(lengths, texts, strict=True), default=(0, ""))
+    if room is not None and longest > room:
+        marks = "" if name == "source" else " with its two marks"
+        raise ValueError(
+            f"the {name} {shown(text)} has {longest} tokens{marks}, and there is room for {room} "
+            f"(data.init_args.pad_to)"
+        )
+
+
 def pad(
-    rows: Sequence[Sequence[int]], length: int | None, texts: Sequence[str]
+    rows: Sequence[Sequence[int]], length: int | None
 ) -> tuple[Int[Tensor, "b n"], Int[Tensor, " b"]]:
     """Rows of one length, filled up with token 0, and how long each was."""
     lengths = [len(row) for row in rows]
-    longest = max(lengths)
-    if length is not None and longest > length:
-        text = texts[lengths.index(longest)]
-        raise ValueError(
-            f"{text!r} has {longest} tokens, and pad_to has room for {length}; set "
-            f"data.init_args.pad_to to more, or to null"
-        )
-    padded = torch.zeros(len(rows), length or longest, dtype=torch.int64)
+    padded = torch.zeros(len(rows), length or max(lengths), dtype=torch.int64)
     for i, row in enumerate(rows):
         padded[i, : len(row)] = torch.tensor(row)
     return padded, torch.tensor(lengths)

@@ -8,10 +8,11 @@
 The length penalty is that of "Google's Neural Machine Translation System" (Wu et al. 2016, section
 7), which the Transformer uses with 4 prefixes and alpha 0.6; alpha 0 leaves log p. A beam may lose
 the prefix that would have been greedy's and end below it, so greedy's text takes part at the end:
-the score of a beam is never below greedy's.
+the score of a beam is never below greedy's. The best text that has ended is kept aside: prefixes
+that look better for a while cannot push it out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,7 +21,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# What a decoder carries from step to step: a NamedTuple of tensors, the batch first, or None.
+# What a decoder carries from step to step: a NamedTuple of tensors, the batch first, or None. Parts
+# named in its `of_source`, if it has one, are alike for all prefixes of a text.
 State = TypeVar("State", bound=tuple[Any, ...])
 # One step: the last token of every row and the state before it; logits and the state after it.
 Step = Callable[[Int[Tensor, " n"], State], tuple[Float[Tensor, "n k"], State]]
@@ -41,9 +43,12 @@ def length_penalty(length: Int[Tensor, "*b"], alpha: float) -> Float[Tensor, "*b
     return ((5.0 + length) / 6.0) ** alpha
 
 
-def select(state: State, rows: Int[Tensor, " n"]) -> State:
-    """These rows of a state, in this order."""
-    parts: list[Any] = [None if part is None else part[rows] for part in state]
+def select(state: State, rows: Int[Tensor, " n"], keep: Sequence[str] = ()) -> State:
+    """These rows of a state, in this order; parts to `keep` stay as they are."""
+    parts: list[Any] = [
+        part if part is None or name in keep else part[rows]
+        for name, part in zip(state._fields, state, strict=True)  # type: ignore[attr-defined]
+    ]
     return type(state)(*parts)
 
 
@@ -100,8 +105,9 @@ def search(step: Step[State], state: State, start: int, end: int, how: Search) -
 
 
 def beam(step: Step[State], state: State, start: int, end: int, how: Search) -> Decoded:
-    """Beam search alone; a prefix that has ended stays in the beam as it is."""
+    """Beam search alone; a prefix that has ended stays as it is until better ones push it out."""
     size, alpha = how.beam_size, how.length_penalty
+    of_source = getattr(state, "of_source", ())
     b, device = len(state[0]), state[0].device
     rows = torch.arange(b, device=device)
     state = select(state, rows.repeat_interleave(size))
@@ -111,6 +117,7 @@ def beam(step: Step[State], state: State, start: int, end: int, how: Search) -> 
     total[:, 0] = 0.0
     length = torch.zeros(b, size, dtype=torch.int64, device=device)
     has_ended = torch.zeros(b, size, dtype=torch.bool, device=device)
+    top, aside = torch.full((b,), -torch.inf, device=device), tokens[:, 0]
     for _ in range(how.max_length):
         logits, state = step(tokens[:, :, -1].flatten(), state)
         steps = F.log_softmax(logits.float(), dim=-1).view(b, size, -1)
@@ -121,16 +128,21 @@ def beam(step: Step[State], state: State, start: int, end: int, how: Search) -> 
         totals = total[:, :, None] + torch.where(has_ended[:, :, None], stay, steps)
         lengths = length + (~has_ended).long()
         scores = totals / length_penalty(lengths, alpha)[:, :, None]
-        best = scores.flatten(1).topk(size, dim=1).indices
+        score, best = scores.flatten(1).topk(size, dim=1)
         origin, chosen = best // k, best % k
         total = totals.flatten(1).gather(1, best)
         length, ended = lengths.gather(1, origin), has_ended.gather(1, origin)
         has_ended = ended | (chosen == end)
-        state = select(state, (rows[:, None] * size + origin).flatten())
+        state = select(state, (rows[:, None] * size + origin).flatten(), of_source)
         kept = tokens.gather(1, origin[:, :, None].expand(-1, -1, tokens.shape[2]))
         tokens = torch.cat((kept, chosen[:, :, None]), dim=2)
+        ended_score, place = score.masked_fill(~has_ended, -torch.inf).max(dim=1)
+        is_better = (ended_score > top)[:, None]
+        aside = torch.where(is_better, tokens[rows, place], F.pad(aside, (0, 1), value=end))
+        top = torch.maximum(top, ended_score)
         if bool(has_ended.all()):
             break
-    scores = total / length_penalty(length, alpha)
-    score, place = scores.max(dim=1)
-    return Decoded(tokens[rows, place, 1:], score)
+    # One that was cut off counts as well.
+    cut_off, place = score.max(dim=1)
+    found = torch.where((cut_off > top)[:, None], tokens[rows, place], aside)
+    return Decoded(found[:, 1:], torch.maximum(cut_off, top))

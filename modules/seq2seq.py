@@ -53,6 +53,7 @@ from modules.optim import Optimization
 from modules.seq2seq_network import CELLS, Cell, Context, EncoderDecoder, Memory
 from modules.translation import (
     Judge,
+    check_spaces,
     codec_of,
     is_exact,
     keep_codec,
@@ -132,6 +133,11 @@ class Seq2Seq(LightningModule):
         for name, share in shares.items():
             if share is not None and not 0.0 <= share <= 1.0:
                 raise ValueError(f"{name} is {share}; expected within [0, 1]")
+        if reinject != "argmax" and teacher_forcing == 1.0 and teacher_forcing_end in (None, 1.0):
+            raise ValueError(
+                f"reinject is {reinject!r}, but with teacher_forcing 1.0 nothing is reinjected; "
+                f"set teacher_forcing or teacher_forcing_end below 1, or leave reinject out"
+            )
         for name, rate in (("dropout", dropout), ("label_smoothing", label_smoothing)):
             if not 0.0 <= rate < 1.0:
                 raise ValueError(f"{name} is {rate}; expected within [0, 1)")
@@ -151,7 +157,13 @@ class Seq2Seq(LightningModule):
         self.codec: Codec | None = None  # and no network yet: its size is that of vocabularies
 
     def build(self, codec: Codec) -> None:
-        """Make the network for these vocabularies."""
+        """Make the network for these vocabularies.
+
+        Raises:
+            ValueError: texts that cannot be padded with spaces, where padding is not masked.
+        """
+        if not self.mask_padding:
+            check_spaces(codec)
         self.codec = codec
         self.network = EncoderDecoder(len(codec.source), len(codec.target), *self.shape)
 

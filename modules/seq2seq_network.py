@@ -51,6 +51,11 @@ class Memory(NamedTuple):
     prepared: Float[Tensor, "b s a"] | None
     is_valid: Bool[Tensor, "b s"] | None
 
+    @property
+    def of_source(self) -> tuple[str, ...]:
+        """What is alike for all prefixes of a text."""
+        return ("outputs", "prepared", "is_valid")
+
 
 class EncoderDecoder(nn.Module):
     """One recurrent network reads the source, another says the target from the first one's state.

@@ -110,6 +110,11 @@ class Memory(NamedTuple):
     k: Float[Tensor, "b layers h t e"] | None = None
     v: Float[Tensor, "b layers h t e"] | None = None
 
+    @property
+    def of_source(self) -> tuple[str, ...]:
+        """What is alike for all prefixes of a text."""
+        return ("source_k", "source_v", "is_valid")
+
 
 class EncoderDecoder(nn.Module):
     """Blocks that read the source, and others that say the target and look at the first ones.

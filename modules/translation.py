@@ -79,7 +79,8 @@ def translate_texts(
     """Translations of texts, by the method's own search where none is given.
 
     Raises:
-        ValueError: an empty text, or one that the vocabulary has no tokens for.
+        ValueError: an empty text, one that the vocabulary has no tokens for, or one longer than
+            those that the model is for.
     """
     codec = method.codec
     assert codec is not None
@@ -92,11 +93,18 @@ def translate_texts(
 
 
 def with_spaces(batch: TextBatch, codec: Codec) -> TextBatch:
-    """The classic formulation, in which padding is the space and counts like all else.
+    """The classic formulation, in which padding is the space and counts like all else."""
+    source = filled(batch.source, batch.source_lengths, codec.source[SPACE])
+    target = filled(batch.target, batch.target_lengths, codec.target[SPACE])
+    return batch._replace(source=source, target=target)
+
+
+def check_spaces(codec: Codec) -> None:
+    """Refuse vocabularies whose texts cannot be padded with spaces.
 
     Raises:
-        ValueError: a vocabulary without the space, or texts that are padded to the longest of
-            their batch: what is made of one would depend on the others.
+        ValueError: one without the space, or texts that are padded to the longest of their batch:
+            what is made of one would depend on the others.
     """
     for name, vocabulary in (("source", codec.source), ("target", codec.target)):
         if SPACE not in vocabulary.tokens:
@@ -109,9 +117,6 @@ def with_spaces(batch: TextBatch, codec: Codec) -> TextBatch:
             "mask_padding is false, so that padding counts, but it is that of the longest text of "
             "a batch; set data.init_args.pad_to, such as [16, 60]"
         )
-    source = filled(batch.source, batch.source_lengths, codec.source[SPACE])
-    target = filled(batch.target, batch.target_lengths, codec.target[SPACE])
-    return batch._replace(source=source, target=target)
 
 
 def filled(

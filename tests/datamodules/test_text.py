@@ -1,6 +1,8 @@
 """Pairs of texts: where they come from, what they become, in which order."""
 
 import datetime
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +70,7 @@ def test_a_tenth_is_held_out_but_for_small_numbers() -> None:
 @pytest.mark.parametrize("level", ["characters", "words"])
 @pytest.mark.parametrize("kind", ["numbers", "dates"])
 def test_vocabularies_hold_whatever_is_generated(kind: str, level: Any) -> None:
-    arguments = {"num_train": 1, "num_val": 1, "max_digits": 9}
+    arguments = {"num_train": 1, "num_val": 1} | ({"max_digits": 9} if kind == "numbers" else {})
     data = module(kind, source_args=arguments, level=level)
     for key in range(300):
         pair = data.train_pairs.pair(0, key)
@@ -142,8 +144,10 @@ def test_other_sources_and_arguments_that_are_refused(tmp_path: Path, file: Path
         module("nowhere")
     with pytest.raises(ValueError, match=r"source_args of numbers are .*nmu_train"):
         module(source_args={"nmu_train": 3})
-    with pytest.raises(ValueError, match="no 200 held-out numbers of up to 3 digits"):
+    with pytest.raises(ValueError, match=r"no 200 held-out .* to at most \d+, or max_digits"):
         module(source_args={"num_val": 200, "max_digits": 3})
+    with pytest.raises(ValueError, match="max_digits is 4, but dates have no numbers"):
+        module("dates", source_args={"max_digits": 4})
     for name, value in (("max_digits", 10), ("num_train", 0)):
         with pytest.raises(ValueError, match=f"{name}.* {value}"):
             module(source_args={name: value})
@@ -180,8 +184,40 @@ def test_batches_of_a_fixed_length_and_texts_that_are_too_long(file: Path) -> No
     batch = next(iter(module(file, pad_to=(7, 12)).train_dataloader()))
     assert batch.source.shape == (4, 7)
     assert batch.target.shape == (4, 12)
-    with pytest.raises(ValueError, match=r"'Wait\.' has 5 tokens, and pad_to has room for 4"):
-        list(module(file, pad_to=(4, 12)).train_dataloader())
+    message = r"the source 'Wait\.' has 5 tokens, and there is room for 4 .* to \[5, 10\] or more"
+    with pytest.raises(ValueError, match=message):
+        module(file, pad_to=(4, 12))
+    message = r"the target 'Bonjour\.|Attends\.' has 10 tokens with its two marks, .* room for 9"
+    with pytest.raises(ValueError, match=message):
+        module(file, pad_to=(5, 9))
+    assert module(file, pad_to=(5, 10)).codec.pad_to == (5, 10)
+    with pytest.raises(ValueError, match=r"the source 'Wait\.Go\.' has 8 tokens, .* room for 5"):
+        module(file, pad_to=(5, 10)).codec.encode_sources(["Go.", "Wait.Go."])
+
+
+@pytest.mark.parametrize("level", ["characters", "words"])
+def test_the_longest_texts_are_known_beforehand(level: Any) -> None:
+    """All numbers of up to four digits, and the days of a year and the years by themselves."""
+
+    def longest(pairs: Iterable[Pair]) -> list[int]:
+        texts = zip(*pairs, strict=True)
+        return [max(len(split(text, level)) for text in column) for column in texts]
+
+    numbers = Generated("numbers", "train", max_digits=4)
+    assert longest(numbers.texts()) == longest(map(number, range(10_000)))
+    known = longest(Generated("dates", "train").texts())
+    first = datetime.date(2004, 1, 1).toordinal()
+    days = [date(datetime.date.fromordinal(first + i)) for i in range(366)]
+    years = [date(datetime.date(year, 1, 1)) for year in range(1000, 3000)]
+    parts = zip(longest(days), longest(years), longest([days[0]]), strict=True)
+    assert known == [day + year - both for day, year, both in parts]
+
+
+def test_a_file_that_has_changed_is_read_again(file: Path) -> None:
+    assert len(module(file).codec.source) == len(set("Go.Hi.Run!Wait."))
+    file.write_text("a\tb\nb\tc\nc\td\n")
+    os.utime(file, ns=(1, 1))
+    assert len(module(file).codec.source) == 3
 
 
 def test_a_codec_goes_through_primitives(file: Path) -> None:
@@ -199,6 +235,12 @@ def test_what_a_vocabulary_does_not_know() -> None:
         ValueError, match=r"word ' here' \(2 of 'is here'\) is not in the .* of 2 w"
     ):
         Vocabulary.of(["is there"], "words").encode("is here")
+    with pytest.raises(ValueError, match=r"character 'x' \(101 of 'a{60}' \.\.\.\) is not in"):
+        letters.encode("a" * 100 + "x")
+    marked = Vocabulary.of(["abc"], "characters", ("\t", "\n"))
+    for mark in "\t\n":  # as with a vocabulary that is shared
+        with pytest.raises(ValueError, match="is not in the vocabulary: abc"):
+            marked.encode(f"a{mark}b")
     with pytest.raises(ValueError, match="empty"):
         Codec(letters, letters).encode_sources([""])
 

@@ -103,7 +103,7 @@ def test_config_cannot_import_what_is_not_ours(tmp_path: Path, text: str) -> Non
         ),
         (["--data.init_args.image_size=20"], "is 20x20, but the backbone is made for 16x16"),
         (["--data.init_args.batch_size=3"], "an even number"),
-        (["--data.init_args.batch_size=24"], "23 training images do not fill one global batch"),
+        (["--data.init_args.batch_size=24"], "23 training samples do not fill one global batch"),
         (["--trainer.gradient_clip_val=1.0"], "set optimizer.clip_norm"),
         (["--data.init_args.source=folder", "--data.init_args.source_args={}"], "root"),
         (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),

@@ -1,6 +1,7 @@
 """Greedy and beam search against every text that there is."""
 
 import itertools
+import math
 from typing import NamedTuple
 
 import pytest
@@ -116,6 +117,19 @@ def test_the_score_of_a_beam_is_never_below_greedys(alpha: float) -> None:
             penalty = float(length_penalty(torch.tensor(len(text)), alpha))
             expected = log_p(logits[i], text) / penalty
             assert float(wide.scores[i]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_text_that_has_ended_is_not_lost() -> None:
+    """Two longer prefixes with better scores push it out of a beam of two, and come to less."""
+    p = torch.full((1, 5, 5, 5), 0.25)
+    p[..., START] = 0.0
+    p[0, START, START] = torch.tensor([0, 0.35, 0.4, 0.25, 0])
+    p[0, START, 2] = torch.tensor([0, 0, 0, 0.5, 0.5])
+    state = Prefix(torch.zeros(1, dtype=torch.int64), torch.full((1, 1), START))
+    how = Search(beam_size=2, length_penalty=3.0, max_length=4)
+    found = beam(step_of(p.log()), state, START, END, how)
+    assert cut(tuple(found.tokens[0].tolist())) == (END,)
+    assert float(found.scores[0]) == pytest.approx(math.log(0.35), abs=1e-6)
 
 
 def test_the_length_penalty_favours_longer_texts() -> None:

@@ -143,11 +143,10 @@ def test_padding_with_spaces_is_read_and_counts() -> None:
     ]
     assert not torch.allclose(losses[0], losses[1])
     with pytest.raises(ValueError, match=r"set data.init_args.pad_to"):
-        method(mask_padding=False).padded(given)
+        method(mask_padding=False)
     without = Codec(Vocabulary.of(["abc"], "characters"), codec().target, (9, 9))
-    classic.codec = without
     with pytest.raises(ValueError, match="the source vocabulary has no space"):
-        classic.padded(fixed)
+        Seq2Seq(mask_padding=False).build(without)
 
 
 def test_losses_are_means_of_texts() -> None:
@@ -163,7 +162,7 @@ def test_losses_are_means_of_texts() -> None:
 def test_teacher_forcing_and_what_takes_its_place() -> None:
     batch = batch_of(*WORDS)
     for reinject in ("argmax", "softmax"):
-        model = method(attention="dot", reinject=reinject).eval()
+        model = method(attention="dot", reinject=reinject, teacher_forcing=0.0).eval()
         torch.testing.assert_close(model.reinjected(batch, 1.0), model(batch))
         free = model.reinjected(batch, 0.0)
         memory, given = model.encode(batch), batch.inputs[:, :1]
@@ -184,7 +183,7 @@ def test_teacher_forcing_and_what_takes_its_place() -> None:
     # Probabilities pass gradients on, the most probable token does not.
     grads = []
     for reinject in ("argmax", "softmax"):
-        model = method(reinject=reinject, embedding_dim=3)
+        model = method(reinject=reinject, embedding_dim=3, teacher_forcing=0.0)
         model.reinjected(batch, 0.0)[:, 1].square().sum().backward()
         grads.append(model.network.head.weight.grad)
     assert not torch.allclose(grads[0], grads[1])
@@ -260,6 +259,7 @@ def test_exact_matches_and_their_groups(monkeypatch: pytest.MonkeyPatch) -> None
         ({"teacher_forcing_end": -0.1}, "teacher_forcing_end is -0.1"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"hidden_dim": 7, "bidirectional": True}, "hidden_dim is 7.*make it even"),
+        ({"reinject": "softmax"}, "reinject is 'softmax', but with teacher_forcing 1.0 nothing"),
         ({"context": "input"}, "context is 'input', but attention is null"),
         ({"length_bins": (5, 5)}, "length_bins is .*expected lengths that rise"),
         ({"num_layers": 0}, "num_layers is 0"),
