@@ -1,6 +1,5 @@
 """What methods ask of their arguments, their data and the trainer before the first step."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,16 +34,6 @@ def check_masks(backbone: Backbone) -> None:
             f"masked_patches hides patches, and {type(backbone).__name__} takes no masks; set "
             f"masked_patches to null or use modules.backbones.ViT"
         )
-
-
-def check_weights(weights: str | None, part: str | None, drop: Sequence[str]) -> None:
-    """Refuse to be told how to read a file where none is named.
-
-    Raises:
-        ValueError: so it is.
-    """
-    if weights is None and (part is not None or drop):
-        raise ValueError("weights_part and weights_drop are about weights, which is not set")
 
 
 def check_visible(backbone: Backbone) -> None:

@@ -27,7 +27,6 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
@@ -38,15 +37,15 @@ from datamodules.module import SourceDataModule
 from datamodules.views import NUM_GLOBAL
 from modules import optim
 from modules.backbones import Backbone
-from modules.checks import check_at_least, check_masks, check_precision, check_weights
+from modules.checks import check_at_least, check_masks, check_precision
 from modules.dino_loss import Center, Targets, diagnose, koleo, sinkhorn_targets, view_loss
 from modules.dino_network import Head, Network, Seen
 from modules.drawing import pictures_of
+from modules.first_weights import FirstWeights
 from modules.ibot import Hidden, MaskedPatches, PatchLoss, hide
-from modules.networks import embed, fit_data, is_before_sharding, starts, teaching
+from modules.networks import embed, fit_data, teaching
 from modules.optim import Optimization
 from modules.schedules import dino_cosine, warmup_cosine
-from modules.weights import load_backbone
 
 OPTIMIZATION = Optimization(
     base_lr=5e-4,
@@ -138,14 +137,13 @@ class DINO(LightningModule):
                 f"remove it"
             )
         check_temperature("student", student_temperature)
-        check_weights(weights, weights_part, weights_drop)
         warmup = (warmup_teacher_temperature, warmup_teacher_epochs)
         self.temperatures = teacher_temperatures(teacher_temperature, *warmup)
         self.optimization, self.num_prototypes = optimizer, num_prototypes
         self.student_temperature, self.freeze_last_layer = student_temperature, freeze_last_layer
         self.teacher_momentum, self.koleo = teacher_momentum, koleo
         self.stop_on_collapse = stop_on_collapse
-        self.weights, self.weights_part, self.weights_drop = weights, weights_part, weights_drop
+        self.first = FirstWeights(weights, weights_part, weights_drop)
         self.masked_patches = masked_patches
 
         def head(k: int) -> Head:
@@ -168,18 +166,16 @@ class DINO(LightningModule):
     def setup(self, stage: str) -> None:
         check_precision(self.trainer)  # an average in half precision would not move
         fit_data(getattr(self.trainer, "datamodule", None), self.student.backbone)
-        if is_before_sharding(self.trainer, self.weights):
+        if self.first.are_due_in_setup(self.trainer):
             self.load()
 
     def on_fit_start(self) -> None:
-        if starts(self.trainer, self.weights):
+        if self.first.are_due_at_start(self.trainer):
             self.load()
 
     def load(self) -> None:
         """Take first values from `weights`."""
-        assert self.weights is not None
-        given = (self.weights, self.weights_part, self.weights_drop)
-        rank_zero_info(str(load_backbone(self.student.backbone, *given)))
+        self.first.fill(self.student)
         self.teacher.load_state_dict(self.student.state_dict())
 
     def train(self, mode: bool = True) -> "DINO":

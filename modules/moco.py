@@ -28,7 +28,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 
@@ -37,12 +36,12 @@ from datamodules.batch import ImageBatch, Images, MultiCropBatch, PackedBatch
 from datamodules.module import SourceDataModule
 from modules import optim
 from modules.backbones import Backbone
-from modules.checks import check_at_least, check_precision, check_weights
+from modules.checks import check_at_least, check_precision
 from modules.drawing import pictures_of
-from modules.networks import AroundBackbone, embed, fit_data, is_before_sharding, starts, teaching
+from modules.first_weights import FirstWeights
+from modules.networks import AroundBackbone, embed, fit_data, teaching
 from modules.optim import Optimization
 from modules.schedules import warmup_cosine
-from modules.weights import load_backbone
 
 OPTIMIZATION = Optimization(
     base_lr=1.5e-4, reference_batch=256, weight_decay=0.1, warmup_epochs=40, min_lr=0.0
@@ -163,8 +162,7 @@ class MoCo(LightningModule):
             raise ValueError(f"temperature is {temperature}; expected more than 0")
         if not 0.0 <= teacher_momentum <= 1.0:
             raise ValueError(f"teacher_momentum is {teacher_momentum}; expected within [0, 1]")
-        check_weights(weights, weights_part, weights_drop)
-        self.weights, self.weights_part, self.weights_drop = weights, weights_part, weights_drop
+        self.first = FirstWeights(weights, weights_part, weights_drop)
         self.optimization, self.temperature = optimizer, temperature
         self.teacher_momentum = teacher_momentum
         if freeze_patches:
@@ -179,18 +177,16 @@ class MoCo(LightningModule):
     def setup(self, stage: str) -> None:
         check_precision(self.trainer)  # an average in half precision would not move
         fit_data(getattr(self.trainer, "datamodule", None), self.student.backbone)
-        if is_before_sharding(self.trainer, self.weights):
+        if self.first.are_due_in_setup(self.trainer):
             self.load()
 
     def on_fit_start(self) -> None:
-        if starts(self.trainer, self.weights):
+        if self.first.are_due_at_start(self.trainer):
             self.load()
 
     def load(self) -> None:
         """Take first values from `weights`."""
-        assert self.weights is not None
-        given = (self.weights, self.weights_part, self.weights_drop)
-        rank_zero_info(str(load_backbone(self.student.backbone, *given)))
+        self.first.fill(self.student)
         self.teacher.backbone.load_state_dict(self.student.backbone.state_dict())
 
     def train(self, mode: bool = True) -> "MoCo":

@@ -1,7 +1,6 @@
 """What networks around a backbone share: judged by name, layers, the data they are given."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
@@ -53,24 +52,6 @@ def fit_data(data: Any, backbone: Backbone) -> None:
     """Tell a data module of ours what the backbone takes; others are left as they are."""
     if isinstance(data, SourceDataModule):
         data.fit_to(Needs.of(backbone))
-
-
-def is_before_sharding(trainer: Any, weights: str | None) -> bool:
-    """Whether `setup` is to read weights from a file: a sharded run has no whole ones afterwards.
-
-    Whether the run goes on from a checkpoint is not known there yet. If so, its own come later.
-    """
-    if weights is None or trainer.state.fn != "fit":
-        return False
-    is_there = weights.startswith("timm:") or Path(weights).exists()
-    return is_there and bool(trainer.strategy.restore_checkpoint_after_setup)
-
-
-def starts(trainer: Any, weights: str | None) -> bool:
-    """Whether `on_fit_start` is to read weights from a file: a run begins, and has not yet."""
-    if weights is None or trainer.ckpt_path is not None:
-        return False
-    return not is_before_sharding(trainer, weights)
 
 
 def embed(

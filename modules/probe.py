@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from callbacks.standardize import Reduce, Standardize
@@ -37,11 +37,11 @@ from modules import optim
 from modules.backbones import Backbone
 from modules.backbones.attention import Segments
 from modules.backbones.pooling import mean_patch
-from modules.checks import check_classes, check_precision, check_weights
+from modules.checks import check_classes, check_precision
+from modules.first_weights import FirstWeights
 from modules.losses import soft_cross_entropy, soft_targets
-from modules.networks import embed, fit_data, is_before_sharding, starts
+from modules.networks import embed, fit_data
 from modules.optim import Optimization
-from modules.weights import load_backbone
 
 
 class Heads(nn.Module):
@@ -159,14 +159,13 @@ class LinearProbe(LightningModule):
         self.rates = [f"{factor * optimizer.base_lr:g}" for factor in sweep]
         if not sweep or min(sweep) <= 0 or len(set(self.rates)) < len(self.rates):
             raise ValueError(f"sweep is {list(sweep)}; expected different factors above 0")
-        check_weights(weights, weights_part, weights_drop)
         if optimizer.layer_decay is not None:
             raise ValueError(
                 f"optimizer.layer_decay is {optimizer.layer_decay}, but a probe trains no layers "
                 f"of the backbone; set it to null"
             )
         self.num_classes, self.optimization, self.sweep = num_classes, optimizer, tuple(sweep)
-        self.weights, self.weights_part, self.weights_drop = weights, weights_part, weights_drop
+        self.first = FirstWeights(weights, weights_part, weights_drop)
         self.probe = Heads(backbone, num_classes, len(sweep), num_blocks, mean_patches, batch_norm)
         self.tally = Tally()
 
@@ -175,20 +174,18 @@ class LinearProbe(LightningModule):
         check_classes(data, self.num_classes)
         check_precision(self.trainer)
         fit_data(data, self.probe.backbone)
-        if is_before_sharding(self.trainer, self.weights):
+        if self.first.are_due_in_setup(self.trainer):
             self.load()
 
     def on_fit_start(self) -> None:
-        if self.weights is None and self.trainer.ckpt_path is None:
+        if self.first.source is None and self.trainer.ckpt_path is None:
             rank_zero_warn("weights is null: first values are probed, a random network")
-        if starts(self.trainer, self.weights):
+        if self.first.are_due_at_start(self.trainer):
             self.load()
 
     def load(self) -> None:
         """Take the backbone from `weights`."""
-        assert self.weights is not None
-        given = (self.weights, self.weights_part, self.weights_drop)
-        rank_zero_info(str(load_backbone(self.probe.backbone, *given)))
+        self.first.fill(self.probe)
 
     def networks(self) -> dict[str, Heads]:
         """What can be judged."""

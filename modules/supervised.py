@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from callbacks.ema import EMA, Average
@@ -34,15 +33,14 @@ from datamodules.module import SourceDataModule
 from datamodules.packed import PackedDataModule
 from modules import optim
 from modules.backbones import Backbone, Features
-from modules.checks import check_classes, check_precision, check_weights
+from modules.checks import check_classes, check_precision
 from modules.distillation import Distillation, Teacher, distill
 from modules.drawing import pictures_of
+from modules.first_weights import FirstWeights
 from modules.losses import LOSSES, loss_per_image, soft_targets
-from modules.networks import AroundBackbone, embed, fit_data, is_before_sharding, starts
+from modules.networks import AroundBackbone, embed, fit_data
 from modules.optim import Optimization
 from modules.scores import add_scores, log_scores
-from modules.weights import load as load_weights
-from modules.weights import load_backbone
 
 HeadInit = Literal["timm", "zero", "mae"]
 HEAD_STD = {"timm": 0.02, "zero": 0.0, "mae": 2e-5}
@@ -157,8 +155,6 @@ class Supervised(LightningModule):
             )
         if head_init not in HEAD_STD:
             raise ValueError(f"head_init is {head_init!r}; expected one of {', '.join(HEAD_STD)}")
-        if weights_scope not in ("all", "backbone"):
-            raise ValueError(f"weights_scope is {weights_scope!r}; expected 'all' or 'backbone'")
         if ema_decay is not None and not 0.0 <= ema_decay < 1.0:
             raise ValueError(f"ema_decay is {ema_decay}; expected within [0, 1), or null")
         self.num_classes, self.loss, self.label_smoothing = num_classes, loss, label_smoothing
@@ -170,9 +166,7 @@ class Supervised(LightningModule):
                 f"{type(backbone).__name__} has none; use modules.backbones.ViT with "
                 f"distillation_token true"
             )
-        check_weights(weights, weights_part, weights_drop)
-        self.weights, self.weights_part, self.weights_drop = weights, weights_part, weights_drop
-        self.weights_scope = weights_scope
+        self.first = FirstWeights(weights, weights_part, weights_drop, weights_scope)
         self.distillation = distillation
         self.teacher: Teacher | None = None  # built for training only, which alone needs it
         self.averaged: Classifier | None = None
@@ -197,7 +191,7 @@ class Supervised(LightningModule):
             )
             if data is not None and hasattr(data, "mean"):
                 self.teacher.check_normalization(data.mean, data.std)
-        if is_before_sharding(self.trainer, self.weights):
+        if self.first.are_due_in_setup(self.trainer):
             self.load()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -210,17 +204,12 @@ class Supervised(LightningModule):
 
     def load(self) -> None:
         """Take first values from `weights`."""
-        assert self.weights is not None
-        given = (self.weights, self.weights_part, self.weights_drop)
-        if self.weights_scope == "backbone":
-            rank_zero_info(str(load_backbone(self.classifier.backbone, *given)))
-        else:
-            rank_zero_info(str(load_weights(self.classifier, *given)))
+        self.first.fill(self.classifier)
         if self.averaged is not None:
             self.averaged.load_state_dict(self.classifier.state_dict())
 
     def on_fit_start(self) -> None:
-        if starts(self.trainer, self.weights):
+        if self.first.are_due_at_start(self.trainer):
             self.load()
         if self.teacher is not None:
             self.teacher.to(self.classifier.head.weight)

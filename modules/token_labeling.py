@@ -26,7 +26,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from callbacks.ema import EMA, Average
@@ -43,11 +42,11 @@ from modules.checks import (
     check_patches,
     check_precision,
     check_token_labels,
-    check_weights,
 )
 from modules.drawing import pictures_of
+from modules.first_weights import FirstWeights
 from modules.losses import soft_cross_entropy
-from modules.networks import AroundBackbone, embed, fit_data, is_before_sharding, starts
+from modules.networks import AroundBackbone, embed, fit_data
 from modules.optim import Optimization
 from modules.scores import add_scores, log_scores
 from modules.token_loss import (
@@ -57,8 +56,6 @@ from modules.token_loss import (
     token_cross_entropy,
 )
 from modules.token_pictures import token_labels
-from modules.weights import load as load_weights
-from modules.weights import load_backbone
 
 Images = Float[Tensor, "b c height width"]
 
@@ -188,12 +185,10 @@ class TokenLabeling(LightningModule):
                 f"mix_tokens puts patches of one image into another, which "
                 f"{type(backbone).__name__} cannot; set mix_tokens to null"
             )
-        check_weights(weights, weights_part, weights_drop)
         self.num_classes, self.optimization, self.ema_decay = num_classes, optimizer, ema_decay
         self.dense_weight, self.mix_tokens = dense_weight, mix_tokens
         self.ground_truth, self.label_smoothing = ground_truth, label_smoothing
-        self.weights, self.weights_scope = weights, weights_scope
-        self.weights_part, self.weights_drop = weights_part, weights_drop
+        self.first = FirstWeights(weights, weights_part, weights_drop, weights_scope)
         self.classifier = TokenClassifier(backbone, num_classes, dense_weight > 0)
         self.averaged: TokenClassifier | None = None
         if ema_decay is not None:
@@ -216,21 +211,16 @@ class TokenLabeling(LightningModule):
                 f"data.init_args.batch_size is {size}; expected an even number, as mix_tokens "
                 f"mixes pairs"
             )
-        if is_before_sharding(self.trainer, self.weights):
+        if self.first.are_due_in_setup(self.trainer):
             self.load()
 
     def on_fit_start(self) -> None:
-        if starts(self.trainer, self.weights):
+        if self.first.are_due_at_start(self.trainer):
             self.load()
 
     def load(self) -> None:
         """Take first values from `weights`."""
-        assert self.weights is not None
-        given = (self.weights, self.weights_part, self.weights_drop)
-        if self.weights_scope == "backbone":
-            rank_zero_info(str(load_backbone(self.classifier.backbone, *given)))
-        else:
-            rank_zero_info(str(load_weights(self.classifier, *given)))
+        self.first.fill(self.classifier)
         if self.averaged is not None:
             self.averaged.load_state_dict(self.classifier.state_dict())
 
