@@ -324,10 +324,18 @@ def has_bfloat16() -> bool:
 
 
 def compile_backbones(method: LightningModule, **options: Any) -> None:
-    """In place, so that names in checkpoints stay as they are."""
-    for module in method.modules():
-        if isinstance(module, Backbone):
-            module.compile(**options)
+    """In place, so that names in checkpoints stay as they are.
+
+    Raises:
+        ValueError: there is none.
+    """
+    backbones = [module for module in method.modules() if isinstance(module, Backbone)]
+    if not backbones:
+        raise ValueError(
+            f"--compile true compiles backbones, and {type(method).__name__} has none; leave it out"
+        )
+    for backbone in backbones:
+        backbone.compile(**options)
 
 
 def stopped_at(checkpoints: Path) -> int:

@@ -10,8 +10,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from datamodules.batch import PackedImages
 from datamodules.sampling import fold
 from experiments.cli import compile_backbones
-from modules import MAE, MoCo, Supervised
-from modules.backbones import NaViT, Positions, ViT
+from modules import MAE, MoCo, Supervised, TokenLabeling
+from modules.backbones import LVViT, NaViT, Positions, Swapped, ViT
 from modules.dino_loss import same_loss
 from modules.ibot import MaskedPatches, hide
 from tests import views
@@ -118,15 +118,22 @@ def steps() -> dict[str, tuple[Any, Callable[[], torch.Tensor]]]:
     crops = (torch.randn(2, 3, 1, 16, 16), torch.randn(2, 3, 1, 8, 8))
     images, keys = torch.randn(4, 1, 16, 16), torch.arange(4)
     supervised = Supervised(views.backbone(), 10)
+    token_labels = TokenLabeling(LVViT("mu", 8, 16, 1), 10)
+    swapped = Swapped(images, torch.arange(4).expand(4, -1) < 2, keys.flip(0))
     mae = MAE(views.backbone(), decoder_dim=8, decoder_depth=1, decoder_heads=2)
     dino = views.method()
     moco = MoCo(views.backbone(init="moco"), hidden_dim=8, projection_dim=8)
     return {
-        "supervised": (supervised, lambda: supervised.classifier(images).square().mean()),
+        "supervised": (supervised, lambda: square(supervised.classifier(images))),
+        "token labels": (token_labels, lambda: square(token_labels.classifier.read(swapped)[2])),
         "mae": (mae, lambda: mae.autoencoder(images, mae.autoencoder.mask(images, keys))[0].mean()),
         "dino": (dino, lambda: dino.student(crops).bottlenecks.square().sum(dim=-1).std()),
-        "moco": (moco, lambda: moco.student(crops[0])[1].square().mean()),
+        "moco": (moco, lambda: square(moco.student(crops[0])[1])),
     }
+
+
+def square(x: torch.Tensor) -> torch.Tensor:
+    return x.square().mean()
 
 
 if __name__ == "__main__":

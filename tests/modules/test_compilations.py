@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from experiments.cli import compile_backbones
+from modules import Transformer
 from tests.compiled import NETWORKS
 from tests.runs import ROOT, environment
 
@@ -17,6 +19,11 @@ def test_one_compilation_of_each() -> None:
         command, capture_output=True, text=True, cwd=ROOT, env=environment(), check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    methods = ("supervised", "mae", "dino", "moco")
+    methods = ("supervised", "token labels", "mae", "dino", "moco")
     expected = [f"{name} 1" for name in (*NETWORKS, "groups", "masks", *methods)]
     assert done.stdout.splitlines() == expected
+
+
+def test_a_method_without_a_backbone_is_not_compiled() -> None:
+    with pytest.raises(ValueError, match=r"--compile true compiles .* Transformer has none"):
+        compile_backbones(Transformer())
