@@ -46,9 +46,9 @@ from datamodules.batch import TextBatch
 from datamodules.vocabulary import Codec
 from modules import optim
 from modules.alignment import KINDS, Kind
+from modules.alignment_pictures import alignments
 from modules.checks import check_at_least, check_precision
 from modules.decoding import Decoded, Search, search
-from modules.drawing import alignments
 from modules.optim import Optimization
 from modules.seq2seq_network import CELLS, Cell, Context, EncoderDecoder, Memory
 from modules.translation import (

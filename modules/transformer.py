@@ -33,10 +33,10 @@ from torch import Tensor
 from datamodules.batch import TextBatch
 from datamodules.vocabulary import Codec
 from modules import optim
+from modules.alignment_pictures import alignments
 from modules.backbones.layers import check_heads
 from modules.checks import check_at_least, check_precision
 from modules.decoding import Decoded, Search, search
-from modules.drawing import alignments
 from modules.optim import Optimization
 from modules.transformer_network import EncoderDecoder, Norm, Tied
 from modules.translation import (

@@ -164,3 +164,8 @@ def unscanned(arrays: State) -> Iterable[tuple[str, Tensor]]:
             continue
         for i, part in enumerate(array):
             yield name.replace("encoderblock/", f"encoderblock_{i}/"), part
+
+
+def bare(key: str) -> str:
+    """A name without what networks of ours put before it, as `read` takes it off."""
+    return key.removeprefix("backbone.").removeprefix("model.")

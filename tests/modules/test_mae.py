@@ -17,9 +17,9 @@ from datamodules.batch import PackedImages
 from datamodules.sampling import fold
 from modules import LinearProbe, Supervised, drawing, weights
 from modules.backbones import NaViT, Positions, ViT
+from modules.groups import parameter_groups
 from modules.mae import Autoencoder, mean_and_std
 from modules.masking import Mask
-from modules.optim import parameter_groups
 from modules.weights.inspect import describe
 from tests import masked, small, views
 from tests.packs import cut, pack

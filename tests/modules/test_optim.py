@@ -17,6 +17,7 @@ from torch import nn
 
 from modules import optim
 from modules.backbones import Backbone, ViT
+from modules.groups import describe_groups, layer_scale, parameter_groups
 from modules.optim import Optimization
 from modules.supervised import Classifier
 from modules.weights.names import with_our_names
@@ -32,7 +33,7 @@ def small() -> Classifier:
 def test_every_parameter_is_in_exactly_one_group() -> None:
     network = small()
     exempt = {f"backbone.{name}" for name in network.backbone.no_weight_decay()}
-    groups = optim.parameter_groups(network, 0.3, exempt)
+    groups = parameter_groups(network, 0.3, exempt)
     names = [name for group in groups for name in group["param_names"]]
     assert sorted(names) == sorted(dict(network.named_parameters()))
     for group in groups:
@@ -49,12 +50,12 @@ def test_every_parameter_is_in_exactly_one_group() -> None:
 def test_frozen_parameters_are_left_out_and_unknown_names_refused() -> None:
     network = small()
     network.head.requires_grad_(False)
-    names = [n for g in optim.parameter_groups(network, 0.1) for n in g["param_names"]]
+    names = [n for g in parameter_groups(network, 0.1) for n in g["param_names"]]
     assert not any(name.startswith("head") for name in names)
     with pytest.raises(ValueError, match=r"no_decay names no parameter of Classifier: {'tokken'}"):
-        optim.parameter_groups(network, 0.1, {"tokken"})
+        parameter_groups(network, 0.1, {"tokken"})
     with pytest.raises(ValueError, match="has no trainable parameter"):
-        optim.parameter_groups(network.requires_grad_(False), 0.1)
+        parameter_groups(network.requires_grad_(False), 0.1)
 
 
 class Published(Backbone):
@@ -80,7 +81,7 @@ def test_layer_decay_equals_the_published_table() -> None:
     table, decay = json.loads(about["layer_table"]), float(about["layer_decay"])
     network = Classifier(Published(), 2)
     exempt = {f"backbone.{name}" for name in network.backbone.no_weight_decay()}
-    groups = optim.parameter_groups(network, float(about["weight_decay"]), exempt, decay)
+    groups = parameter_groups(network, float(about["weight_decay"]), exempt, decay)
     ours = {
         name.removeprefix("backbone."): [group["lr_scale"], group["weight_decay"]]
         for group in groups
@@ -95,10 +96,10 @@ def test_layer_scales_of_a_base_model() -> None:
     network = Classifier(ViT("mu", image_size=32, depth=12), 3)
     names = ("cls_token", "positions.table", "patch_embed.proj.bias", "blocks.0.norm1.bias")
     names = (*names, "blocks.5.mlp.fc1.weight", "blocks.11.attn.qkv.weight", "norm.weight")
-    scales = [optim.layer_scale(network, f"backbone.{name}", 0.65) for name in names]
+    scales = [layer_scale(network, f"backbone.{name}", 0.65) for name in names]
     expected = [0.00370, 0.00370, 0.00370, 0.00569, 0.04902, 0.65, 1.0]
     assert scales == pytest.approx(expected, abs=5e-6)
-    assert optim.layer_scale(network, "head.weight", 0.65) == 1.0
+    assert layer_scale(network, "head.weight", 0.65) == 1.0
 
 
 def test_layer_decay_agrees_with_timms() -> None:
@@ -111,7 +112,7 @@ def test_layer_decay_agrees_with_timms() -> None:
     exempt = {f"backbone.{name}" for name in ours.backbone.no_weight_decay()}
     got = {
         name: (group["lr_scale"], group["weight_decay"])
-        for group in optim.parameter_groups(ours, 0.1, exempt, 0.5)
+        for group in parameter_groups(ours, 0.1, exempt, 0.5)
         for name in group["param_names"]
     }
     named, _ = with_our_names({name: torch.tensor(0) for name in expected})
@@ -124,12 +125,12 @@ def test_layer_decay_agrees_with_timms() -> None:
 @pytest.mark.parametrize("decay", [None, 0.65])
 def test_groups_cover_every_parameter_once_and_the_table_shows_them(decay: float | None) -> None:
     network = small()
-    groups = optim.parameter_groups(network, 0.3, layer_decay=decay)
+    groups = parameter_groups(network, 0.3, layer_decay=decay)
     names = [name for group in groups for name in group["param_names"]]
     assert sorted(names) == sorted(dict(network.named_parameters()))
     # Two layers, stem and head, with and without decay; the class token is a matrix here.
     assert len(groups) == (2 if decay is None else 2 * 4)
-    table = optim.describe_groups(groups)
+    table = describe_groups(groups)
     for scale in {group["lr_scale"] for group in groups}:
         assert f"x {scale:.4g}" in table
 
@@ -174,7 +175,7 @@ def test_lamb_equals_its_formula() -> None:
 
 def test_table_counts_what_is_optimised() -> None:
     network = small()
-    table = optim.describe_groups(optim.parameter_groups(network, 0.3))
+    table = describe_groups(parameter_groups(network, 0.3))
     decayed = sum(p.numel() for n, p in network.named_parameters() if p.ndim > 1)
     assert f"{decayed:,}" in table
     assert "no decay" in table

@@ -21,9 +21,10 @@ from experiments.subject import open_subject
 from modules import DINO, LinearProbe, MoCo, weights
 from modules.backbones import Features, Masked, Timm, create
 from modules.drawing import pictures_of
+from modules.groups import layer_scale
 from modules.ibot import MaskedPatches
 from modules.networks import teaching
-from modules.optim import Optimization, layer_scale
+from modules.optim import Optimization
 from modules.supervised import Classifier
 from tests import small
 

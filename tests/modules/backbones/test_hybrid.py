@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from modules import weights
 from modules.backbones import Features, Hybrid, Masked, Visible, ViT, create
 from modules.backbones.hybrid import EPSILONS, TIMM, VARIANTS, ResNet, Size, StdConv
-from modules.optim import layer_scale
+from modules.groups import layer_scale
 from modules.supervised import Classifier
 from tests.modules.backbones.test_groups import check_equal, drawn
 from tests.modules.backbones.test_vit import count

@@ -25,8 +25,8 @@ from modules.backbones.windows import (
     row_by_row,
     window_mask,
 )
+from modules.groups import layer_scale
 from modules.ibot import MaskedPatches
-from modules.optim import layer_scale
 from modules.supervised import Classifier
 from tests.packs import images as packed_images
 from tests.packs import pack

@@ -16,8 +16,8 @@ from modules import DINO, MAE, weights
 from modules.backbones import Features, TwinsPCPVT, TwinsSVT, TwinsSVTCompact, create
 from modules.backbones.twins import PositionEncoding, TwinsBlock
 from modules.backbones.windows import row_by_row
+from modules.groups import layer_scale
 from modules.ibot import MaskedPatches
-from modules.optim import layer_scale
 from modules.supervised import Classifier
 from tests.modules.backbones.test_swin import randomised
 
