@@ -46,7 +46,14 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import modules  # noqa: F401 - registers the methods and limits what a config may name
-from callbacks.checkpoint import BEFORE, LAST, AtomicCheckpointIO, Checkpoint, read_checkpoint
+from callbacks.checkpoint import (
+    BEFORE,
+    LAST,
+    AtomicCheckpointIO,
+    Checkpoint,
+    newest,
+    read_checkpoint,
+)
 from callbacks.monitors import FillRate, FiniteLoss
 from callbacks.pictures import AugmentedBatch
 from callbacks.seeding import StepSeed
@@ -305,16 +312,18 @@ def take_run(arguments: list[str]) -> tuple[list[str], Path | None, bool]:
     if resumed and fixed:
         raise ValueError("--resume goes on with a run and --into may begin one; give one of them")
     run = Path((resumed or fixed)[-1])
-    last = run / "checkpoints" / LAST
+    checkpoint = newest(run / "checkpoints")
     if fixed:
-        if not last.is_file():
+        if checkpoint is None:
             return [verb, *rest], run, False
         rest, _ = take(rest, *CONFIG)  # those of the run's beginning are in its own
     if not (run / "config.yaml").is_file():
         raise ValueError(f"--resume {run}: no config.yaml there; expected a run directory")
-    found = ["--ckpt_path", str(last)] if last.is_file() else []
-    if not found:
+    found = [] if checkpoint is None else ["--ckpt_path", str(checkpoint)]
+    if checkpoint is None:
         print_once(f"{run} has no checkpoint yet; starting it again from the beginning")
+    elif checkpoint.name == BEFORE:
+        print_once(f"{run} has no {LAST}, as when it is killed while saving; {BEFORE} goes on")
     return [verb, "--config", str(run / "config.yaml"), *rest, *found], run, True
 
 
@@ -336,16 +345,16 @@ def stopped_at(checkpoints: Path) -> int:
     Raises:
         ValueError: its last checkpoint is damaged; the message offers the one before.
     """
-    last, before = checkpoints / LAST, checkpoints / BEFORE
-    if not last.is_file():
+    path, last, before = newest(checkpoints), checkpoints / LAST, checkpoints / BEFORE
+    if path is None:
         return 0
     try:
-        return int(read_checkpoint(last)["global_step"])
+        return int(read_checkpoint(path)["global_step"])
     except ValueError as error:
         try:
             step = read_checkpoint(before)["global_step"]
         except (ValueError, FileNotFoundError):
-            raise error from None
+            raise error from None  # it is the damaged one, or damaged as well
         raise ValueError(
             f"{error}. The one before it, of step {step}, is sound: `mv {before} {last}`, and "
             f"resume again"
