@@ -2,7 +2,9 @@
 
 A run directory holds `checkpoints/last.ckpt`, from which the run goes on bit by bit as if it
 had not stopped, `checkpoints/before.ckpt`, the one before it, should a disk damage that, and
-`checkpoints/best.ckpt`, the best by the monitored metric.
+`checkpoints/best.ckpt`, the best by the monitored metric. A new last.ckpt is whole on the disk
+before the old one is renamed to before.ckpt, and then takes its name; a run that was killed between
+the two renames has no last.ckpt, and goes on from before.ckpt.
 """
 
 import math
@@ -55,8 +57,15 @@ def primitive_hyper_parameters(given: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in plain.items() if not_primitive(value) is None}
 
 
-def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+def read_checkpoint(
+    path: str | Path, map_location: Any = "cpu", mmap: bool = False
+) -> dict[str, Any]:
     """Load a checkpoint of tensors and primitives; nothing in the file is run.
+
+    Args:
+        path: of the file.
+        map_location: where its tensors go.
+        mmap: read of a tensor only what is used of it.
 
     Raises:
         FileNotFoundError: no such file.
@@ -71,7 +80,7 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
             f"checkpoint, or re-save an old-style file with a current torch"
         )
     try:
-        loaded = torch.load(path, map_location=map_location, weights_only=True)
+        loaded = torch.load(path, map_location, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"refused {path}: it holds pickled Python objects, which could run code when loaded, "
@@ -96,10 +105,11 @@ def first_line(error: Exception) -> str:
 class AtomicCheckpointIO(_WrappingCheckpointIO):
     """Writes a checkpoint beside its place, syncs it to the disk, then renames it.
 
-    It wraps nothing; Lightning's strategy for TPUs takes no others than wrapping ones.
+    A `last.ckpt` that is there becomes `before.ckpt`. It wraps nothing; Lightning's strategy for
+    TPUs takes no others than wrapping ones.
 
     Raises:
-        ValueError: the disk is full or refuses; what was there before is as it was.
+        ValueError: the disk is full or refuses; what was saved before can still be loaded.
     """
 
     def save_checkpoint(
@@ -112,24 +122,15 @@ class AtomicCheckpointIO(_WrappingCheckpointIO):
         if (found := not_primitive(checkpoint)) is not None:
             raise ValueError(f"{found}; a checkpoint holds tensors and primitives only")
         checkpoint = apply_to_collection(checkpoint, Tensor, off_xla)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            with temporary.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            sync_directory(path.parent)
+            write(checkpoint, path)
         except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
-            free = shutil.disk_usage(path.parent).free / 2**20
+            disk = next(above for above in path.absolute().parents if above.is_dir())
             raise ValueError(
-                f"{path} could not be written ({first_line(error)}; {free:,.0f} MiB are free); "
-                f"what was there before is as it was. Make room, then go on with "
-                f"`patchlight fit --resume RUN`"
+                f"{path} could not be written ({first_line(error)}; "
+                f"{shutil.disk_usage(disk).free / 2**20:,.0f} MiB are free); what was saved before "
+                f"can still be loaded. Make room, then go on with `patchlight fit --resume RUN`"
             ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def load_checkpoint(
         self,
@@ -148,20 +149,26 @@ def off_xla(tensor: Tensor) -> Tensor:
     return tensor.cpu() if tensor.device.type == "xla" else tensor
 
 
-def keep(path: Path, kept: Path) -> None:
-    """A second name for a file, in the place of what had that name; nothing where there is none.
-
-    What takes the first name next is another file, so this one stays as it is.
-    """
-    if not path.is_file():
-        return
-    temporary = kept.with_name(f".{kept.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
+def write(checkpoint: dict[str, Any], path: Path) -> None:
+    """At any moment the file of before has its name, or a `last.ckpt` that of `before.ckpt`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        os.link(path, temporary)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(path, temporary)
-    temporary.replace(kept)
+        with temporary.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.name == LAST and path.is_file():
+            path.replace(path.with_name(BEFORE))
+        temporary.replace(path)
+        sync_directory(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def newest(checkpoints: Path) -> Path | None:
+    """What a run goes on from; None before its first checkpoint."""
+    return next((path for name in (LAST, BEFORE) if (path := checkpoints / name).is_file()), None)
 
 
 def sync_directory(path: Path) -> None:
@@ -222,8 +229,6 @@ class Checkpoint(CheckpointBase):
 
     def save_last(self, trainer: Trainer) -> None:
         self.saved_step = trainer.global_step
-        if trainer.is_global_zero:
-            keep(self.directory / LAST, self.directory / BEFORE)
         self.save(trainer, LAST)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

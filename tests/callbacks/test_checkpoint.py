@@ -1,5 +1,6 @@
 """Checkpoints: whole or absent, and no code in them ever runs."""
 
+import contextlib
 import os
 import pickle
 import zipfile
@@ -10,7 +11,13 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks.checkpoint import AtomicCheckpointIO, Checkpoint, not_primitive, read_checkpoint
+from callbacks.checkpoint import (
+    AtomicCheckpointIO,
+    Checkpoint,
+    newest,
+    not_primitive,
+    read_checkpoint,
+)
 from modules import Supervised
 from tests import small
 from tests.runs import differences
@@ -86,6 +93,67 @@ def test_the_file_is_synced_before_it_gets_its_name(
     monkeypatch.setattr(Path, "replace", lambda a, b: (events.append("rename"), replace(a, b))[1])
     AtomicCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
     assert events == ["sync", "rename", "sync"]
+    AtomicCheckpointIO().save_checkpoint({"step": 2}, tmp_path / "last.ckpt")
+    assert events[3:] == ["sync", "rename", "rename", "sync"]
+    assert read_checkpoint(tmp_path / "before.ckpt") == {"step": 1}
+    assert not os.path.samefile(tmp_path / "before.ckpt", tmp_path / "last.ckpt")
+
+
+class Killed(BaseException):
+    """What no code gets to catch."""
+
+
+def test_killed_at_any_moment_of_a_save_there_is_one_to_go_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = {"left": 0}
+
+    def mortal(ordinary: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            if calls["left"] == 0:
+                raise Killed
+            calls["left"] -= 1
+            return ordinary(*arguments)
+
+        return call
+
+    found = []
+    for moment in range(8):
+        directory = tmp_path / str(moment)
+        for step in (1, 2):
+            AtomicCheckpointIO().save_checkpoint({"step": step}, directory / "last.ckpt")
+        calls["left"] = moment
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            for owner, name in ((torch, "save"), (os, "fsync"), (Path, "replace")):
+                patch.setattr(owner, name, mortal(getattr(owner, name)))
+            patch.setattr(Path, "unlink", lambda *_, **__: None)  # nobody tidies up
+            AtomicCheckpointIO().save_checkpoint({"step": 3}, directory / "last.ckpt")
+        path = newest(directory)
+        assert path is not None
+        found.append((path.name, read_checkpoint(path)["step"]))
+        # And it can be written again.
+        AtomicCheckpointIO().save_checkpoint({"step": 3}, directory / "last.ckpt")
+        assert read_checkpoint(directory / "last.ckpt") == {"step": 3}
+    # torch.save, fsync, last to before, temporary to last, fsync of the directory
+    assert found == [("last.ckpt", 2)] * 3 + [("before.ckpt", 2)] + [("last.ckpt", 3)] * 4
+
+
+def test_what_a_disk_refuses_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    io, path = AtomicCheckpointIO(), tmp_path / "checkpoints" / "last.ckpt"
+    path.parent.write_text("in the way")
+    with pytest.raises(ValueError, match=r"could not be written .*exists.*MiB are free"):
+        io.save_checkpoint({"step": 1}, path)
+    path.parent.unlink()
+    io.save_checkpoint({"step": 1}, path)
+
+    def refuse(path: Path, target: Path) -> None:
+        raise OSError(13, f"no renaming to {target.name}")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(ValueError, match=r"no renaming to before\.ckpt; .*can still be loaded"):
+        io.save_checkpoint({"step": 2}, path)
+    assert read_checkpoint(path) == {"step": 1}
+    assert os.listdir(path.parent) == ["last.ckpt"]
 
 
 def test_objects_are_not_written(tmp_path: Path) -> None:
