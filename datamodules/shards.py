@@ -62,16 +62,21 @@ def holds_shards(root: str) -> bool:
     return not is_url(root) and (Path(root) / INDEX).is_file()
 
 
+def is_plain(name: str) -> bool:
+    """Whether an index may name this path: it means the same everywhere, and leads nowhere else."""
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", name) is not None
+
+
 def stored(entry: dict[str, Any]) -> Stored:
     """
     Raises:
-        ValueError: a name that leads out of the directory.
+        ValueError: a name that leads out of the directory, or no checksum.
     """
     name, digest = str(entry["name"]), str(entry["sha256"])
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", name) or not re.fullmatch(
-        "[0-9a-f]{64}", digest
-    ):
+    if not is_plain(name):
         raise ValueError(f"it names a file {name!r}, which is no plain path below it")
+    if not re.fullmatch("[0-9a-f]{64}", digest):
+        raise ValueError(f"the sha256 of {name} is {digest!r}; expected 64 hexadecimal digits")
     return Stored(name, int(entry["bytes"]), digest)
 
 

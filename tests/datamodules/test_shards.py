@@ -603,6 +603,15 @@ def test_a_cache_that_is_too_small_for_a_window_is_refused(shards: Path) -> None
         open_source("shards", "train", url, cache_size="20K", shuffle_shards=2)
 
 
+def test_a_checksum_that_is_none_is_told_as_such(shards: Path, tmp_path: Path) -> None:
+    index = json.loads((shards / "index.json").read_bytes())
+    index["parts"]["train"]["shards"][0]["sha256"] = "00"
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    says = r"the sha256 of train/000000\.tar is '00'; expected 64 hexadecimal digits"
+    with pytest.raises(ValueError, match=says):
+        open_source("shards", "train", str(tmp_path))
+
+
 def test_an_index_that_is_none(tmp_path: Path) -> None:
     for content, says in (("{", "is no index"), ('{"format": "x"}', "its format is 'x'")):
         (tmp_path / "index.json").write_text(content)
@@ -690,3 +699,45 @@ def test_tar_files_that_cannot_be_indexed(folder: Path, tmp_path: Path) -> None:
     (root / "val" / "1.tar").write_bytes(gzip.compress((root / "val" / "0.tar").read_bytes()))
     with pytest.raises(ValueError, match=r"1\.tar is no plain tar file"):
         index_tars(root)
+
+
+def test_two_images_of_one_sample_are_named(tmp_path: Path, folder: Path) -> None:
+    image = (folder / "train" / "ant" / "002.png").read_bytes()
+    for first, second, better in (
+        ("a/img.001.png", "a/img.002.png", "img-002.png"),
+        ("b.png", "b.seg.png", "b-seg.png"),
+    ):
+        root = tmp_path / better
+        for part in ("train", "val"):
+            (root / part).mkdir(parents=True)
+            with tarfile.open(root / part / "0.tar", "w") as tar:
+                add(tar, first, b"garbage" if part == "val" else image)
+                add(tar, "other/img.003.png", image)
+                add(tar, second, image)
+        says = rf"0\.tar has two images of one sample, {first} and {second}: .* such as to {better}"
+        with pytest.raises(ValueError, match=says):
+            index_tars(root)
+        assert not (root / "index.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [("a b.tar", "a-b"), ("-x+1.tar", "x-1"), ("s{0}=é.tar", "s-0-é"), (" .tar", "000000")],
+)
+def test_names_that_no_index_may_have_are_told_before_anything_is_read(
+    tmp_path: Path, folder: Path, name: str, plain: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from datamodules import foreign as foreign_tars
+
+    root = foreign(tmp_path / "foreign", sorted((folder / "train").rglob("*.png"))[:4])
+    (root / "val" / "1.tar").rename(root / "val" / name)
+    (root / "val" / "._0.tar").write_bytes(b"what macOS leaves")
+    with monkeypatch.context() as patch:
+        patch.setattr(foreign_tars, "read_tar", None)  # calling it would fail
+        with pytest.raises(
+            ValueError, match=rf"the first no -; rename it, such as to {plain}\.tar"
+        ):
+            index_tars(root)
+    (root / "val" / name).rename(root / "val" / f"{plain}.tar")
+    assert index_tars(root).images == 8
+    assert len(open_source("shards", "val", str(root))) == 4
