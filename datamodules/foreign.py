@@ -15,7 +15,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from datamodules.convert import write_whole
+from datamodules.disk import save_whole, write_whole
 from datamodules.fetch import digest_of
 from datamodules.folder import read_size
 from datamodules.index import EXTENSIONS, class_ids
@@ -173,6 +173,6 @@ def part_of(
     if not rows:
         raise ValueError(f"there is no readable image in the .tar files of {root / part}")
     table = root / part / "members.npy"
-    np.save(table, np.array(rows, MEMBER))
+    save_whole(table, np.array(rows, MEMBER))
     members = {"name": f"{part}/{table.name}", "bytes": table.stat().st_size}
     return {"shards": shards, "members": {**members, "sha256": digest_of(table)}}
