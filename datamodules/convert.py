@@ -22,6 +22,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from PIL import Image
 
+from datamodules.disk import save_whole, sync_directory, write_whole
 from datamodules.fetch import digest_of
 from datamodules.folder import decode
 from datamodules.progress import Bar
@@ -30,6 +31,7 @@ from datamodules.shards import FORMAT, INDEX, MEMBER
 from datamodules.sources import BadImageError, Source
 
 WORK = ".unfinished"  # what a conversion that was killed goes on from
+TOLD = "told.json"  # what it was asked for
 CHUNK = 64  # images that are read and decoded at once, in threads
 END = b"\0" * 1024  # of a tar file
 
@@ -142,6 +144,7 @@ class Writer:
         self.file.close()
         if self.members:
             self.part.replace(self.path)
+            sync_directory(self.path.parent)
         record = {
             "name": f"{self.path.parent.name}/{self.path.name}",
             "samples": len(self.members),
@@ -151,15 +154,8 @@ class Writer:
             "bad": self.bad,
         }
         stem = self.work / f"{self.path.parent.name}-{self.path.stem}"
-        np.save(stem.with_suffix(".npy"), np.array(self.members, MEMBER))
+        save_whole(stem.with_suffix(".npy"), np.array(self.members, MEMBER))
         write_whole(stem.with_suffix(".json"), json.dumps(record).encode())
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """In one rename: whoever reads it sees all of it or nothing."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_bytes(content)
-    part.replace(path)
 
 
 def order_of(source: Source, part: str) -> np.ndarray:
@@ -198,7 +194,7 @@ def part_index(out: Path, part: str) -> dict[str, Any]:
         np.load(work / f"{part}-{i:06d}.npy", allow_pickle=False) for i in range(len(records))
     ]
     members = out / part / "members.npy"
-    np.save(members, np.concatenate(tables) if tables else np.array([], MEMBER))
+    save_whole(members, np.concatenate(tables) if tables else np.array([], MEMBER))
     return {
         "shards": [{k: r[k] for k in ("name", "samples", "bytes", "sha256")} for r in records],
         "members": {
@@ -249,58 +245,74 @@ def convert(
         "images": {part: len(source) for part, source in sources.items()},
         "class_names": list(sources["train"].class_names),
     }
-    begin(out, told)
+    refuse_others(out)
     try:
+        (out / WORK).mkdir(parents=True, exist_ok=True)
         with (
             FileLock(out / WORK / "lock", timeout=0),
             Bar("images", sum(map(len, sources.values()))) as bar,
         ):
+            begin(out, told)
             for part, source in sources.items():
                 write_part(source, part, out, shard_size, workers, root, bar)
-        parts = {part: part_index(out, part) for part in sources}
+            return finish(out, told)
     except Timeout as error:
         raise ValueError(f"another process is writing to {out}; wait for it, or stop it") from error
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
+        is_full = error.errno == errno.ENOSPC
+        what = f"no space left in {out}; make room" if is_full else f"{out}: {error}; mend that"
         raise ValueError(
-            f"no space left in {out}; make room and give the same command again: it goes on after "
-            f"the last whole shard"
+            f"{what} and give the same command again: it goes on after the last whole shard"
         ) from error
-    bad = unreadable(out)
+
+
+def refuse_others(out: Path) -> None:
+    """
+    Raises:
+        ValueError: `out` has files, but not of a conversion.
+    """
+    if (out / WORK / TOLD).is_file() or not out.exists():
+        return
+    if not out.is_dir() or any(path.name != WORK for path in out.iterdir()):
+        raise ValueError(f"--out {out} is not empty; expected a new directory")
+
+
+def begin(out: Path, told: dict[str, Any]) -> None:
+    """Under the lock: nobody else has begun, or finished, meanwhile.
+
+    Raises:
+        ValueError: `out` has files, but not of a conversion that was asked for like this one.
+    """
+    refuse_others(out)
+    plan = out / WORK / TOLD
+    if not plan.is_file():
+        write_whole(plan, json.dumps(told).encode())
+        return
+    before = json.loads(plan.read_bytes())
+    for name in told:
+        if before.get(name) != told[name]:
+            raise ValueError(
+                f"{out} holds a conversion that was begun with another {name}; give the same "
+                f"command to go on with it, or remove the directory"
+            )
+
+
+def finish(out: Path, told: dict[str, Any]) -> list[tuple[str, str]]:
+    """Write the tables, the list of what was left out, and the index, which counts.
+
+    Raises:
+        ValueError: no readable image in a part.
+    """
+    parts, bad = {part: part_index(out, part) for part in told["images"]}, unreadable(out)
     for part, content in parts.items():
         if not content["shards"]:
             raise ValueError(
                 f"none of the {told['images'][part]:,} {part} images can be read, the first is "
                 f"{bad[0][0]} ({bad[0][1]}); `patchlight check-data` lists them"
             )
+    lines = "".join(f"{name}\t{why}\n" for name, why in bad)
+    write_whole(out / "unreadable.txt", lines.encode("utf-8", "backslashreplace"))
     index = {"format": FORMAT, "class_names": told["class_names"], "parts": parts}
-    (out / "unreadable.txt").write_text(
-        "".join(f"{name}\t{why}\n" for name, why in bad),
-        encoding="utf-8",
-        errors="backslashreplace",
-    )
     write_whole(out / INDEX, json.dumps(index, indent=1).encode())
     shutil.rmtree(out / WORK)
     return bad
-
-
-def begin(out: Path, told: dict[str, Any]) -> None:
-    """
-    Raises:
-        ValueError: `out` has files, but not of a conversion that was asked for like this one.
-    """
-    plan = out / WORK / "told.json"
-    if plan.is_file():
-        before = json.loads(plan.read_bytes())
-        for name in told:
-            if before.get(name) != told[name]:
-                raise ValueError(
-                    f"{out} holds a conversion that was begun with another {name}; give the same "
-                    f"command to go on with it, or remove the directory"
-                )
-        return
-    if out.exists() and any(path.name != WORK for path in out.iterdir()):
-        raise ValueError(f"--out {out} is not empty; expected a new directory")
-    plan.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(plan, json.dumps(told).encode())

@@ -7,30 +7,25 @@ a file keeps it, even when it is removed meanwhile. A lock ends with its process
 """
 
 import contextlib
-import errno
 import hashlib
 import os
 import re
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
-from http.client import HTTPException
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import NamedTuple
 
-import fsspec
 from filelock import FileLock
 
-from datamodules.index import cache_directory
+from datamodules.disk import cache_directory, size_of, using
+from datamodules.urls import Readable, insist, is_url
 
-TRIES = 4
-PAUSE = 1.0  # seconds before the second try; twice as many before each further one
-TIMEOUT = 60.0  # seconds that a server may be silent
 ABANDONED = 3600.0  # seconds after which half a file of a killed process may be removed
 BLOCK = 1 << 20
-T = TypeVar("T")
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+FIX = (
+    "set data.source_args.cache to one, or cache_size to less. `patchlight fit --resume RUN` goes "
+    "on with a run"
+)
 
 
 class Stored(NamedTuple):
@@ -39,13 +34,6 @@ class Stored(NamedTuple):
     name: str
     size: int
     sha256: str
-
-
-@runtime_checkable
-class Readable(Protocol):
-    """What comes from a URL."""
-
-    def read(self, count: int = -1, /) -> bytes: ...
 
 
 class Opened:
@@ -85,67 +73,6 @@ def said(amount: int) -> str:
     return f"{-(-amount // UNITS['T'])}T"
 
 
-def is_url(root: str) -> bool:
-    return "://" in root
-
-
-@contextlib.contextmanager
-def opening_url(url: str) -> Iterator[Readable]:
-    """What is at a URL: http, https and file by the standard library, others by fsspec.
-
-    Raises:
-        ValueError: of a kind that no installed package knows.
-    """
-    if url.startswith(("http://", "https://", "file://")):
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
-            yield answer
-        return
-    try:
-        opened: Any = fsspec.open(url, "rb")
-    except (ImportError, ValueError) as error:
-        raise ValueError(
-            f"{url} cannot be read ({error}); install the package that knows it, such as s3fs, "
-            f"gcsfs or huggingface_hub, or use an https:// address"
-        ) from error
-    with opened as file:
-        yield file
-
-
-def is_hopeless(error: Exception) -> bool:
-    """Whether another try would only fail alike: not there, or not allowed."""
-    if isinstance(error, urllib.error.HTTPError):
-        return 400 <= error.code < 500 and error.code not in (408, 425, 429)
-    reason = getattr(error, "reason", error)
-    return isinstance(reason, FileNotFoundError | PermissionError)
-
-
-def insist(url: str, read: Callable[[Readable], T]) -> T:
-    """`read` of what is at a URL; again after a pause where the connection broke off.
-
-    Raises:
-        ValueError: it does not come, or is not what was expected.
-    """
-    for attempt in range(TRIES):
-        if attempt:
-            time.sleep(PAUSE * 2 ** (attempt - 1))
-        try:
-            with opening_url(url) as source:
-                return read(source)
-        except (OSError, EOFError, HTTPException) as error:
-            if getattr(error, "errno", None) == errno.ENOSPC:
-                raise ValueError(
-                    f"no space left for {url} ({error}); set data.source_args.cache to a "
-                    f"directory with more, or cache_size to less"
-                ) from error
-            last = error
-            if is_hopeless(error):
-                break
-    raise ValueError(
-        f"{url} could not be fetched in {attempt + 1} tries: {last}; check that it is there, whole "
-        f"and readable from this machine; `patchlight fit --resume RUN` goes on with a run"
-    ) from last
-
-
 class Files:
     """Files below `root`, a directory or a URL.
 
@@ -157,7 +84,7 @@ class Files:
     def __init__(self, root: str, cache: str | None, capacity: int) -> None:
         self.root, self.capacity = root.rstrip("/"), capacity
         self.is_remote = is_url(root)
-        self.cache = Path(cache) if cache else cache_directory().parent / "shards"
+        self.cache = Path(cache) if cache else cache_directory("shards")
 
     def where(self, name: str) -> str:
         return f"{self.root}/{name}"
@@ -187,10 +114,14 @@ class Files:
                 if self.is_remote:
                     continue  # removed just now, to make room for others
                 raise self.complaint(file, "is not there") from None
+            except OSError as error:
+                raise ValueError(
+                    f"{path} cannot be opened ({error}); make it readable for this user"
+                ) from error
             if opened.size != file.size:
                 raise self.complaint(file, f"has {opened.size:,} bytes")
             if self.is_remote:
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(OSError):  # removed just now, or another user's
                     os.utime(path)  # the one used last is removed last
             return opened
 
@@ -201,20 +132,24 @@ class Files:
         )
 
     def path(self, file: Stored, keep: bool = False) -> Path:
-        """Where a file is on this machine, fetched if need be; with `keep` never removed."""
+        """Where a file is on this machine, fetched if need be; with `keep` never removed.
+
+        Raises:
+            ValueError: it cannot be fetched, or the cache cannot be used.
+        """
         if not self.is_remote:
             return Path(self.where(file.name))
         folder = self.cache / "kept" if keep else self.cache
         path = folder / f"{file.sha256}{Path(file.name).suffix}"
-        with contextlib.suppress(FileNotFoundError):
-            if path.stat().st_size == file.size:
+        with using(self.cache, FIX):
+            if size_of(path) == file.size:
                 return path
-        (self.cache / "locks").mkdir(parents=True, exist_ok=True)
-        folder.mkdir(exist_ok=True)
-        with FileLock(self.cache / "locks" / file.sha256[:2]):
-            # Another process may have fetched it meanwhile, or damaged it before.
-            if not path.exists() or path.stat().st_size != file.size:
-                self.fetch(file, path)
+            (self.cache / "locks").mkdir(parents=True, exist_ok=True)
+            folder.mkdir(exist_ok=True)
+            with FileLock(self.cache / "locks" / file.sha256[:2]):
+                # Another process may have fetched it meanwhile, or damaged it before.
+                if size_of(path) != file.size:
+                    self.fetch(file, path)
         return path
 
     def fetch(self, file: Stored, path: Path) -> None:
@@ -262,16 +197,20 @@ def digest_of(path: Path) -> str:
 def copy(source: Readable, target: Path, file: Stored) -> None:
     """
     Raises:
-        OSError: what comes is longer, shorter or of another content.
+        OSError: it does not come; or is longer, shorter or of another content.
+        ValueError: it cannot be written, so there is no use in asking again.
     """
     digest, count = hashlib.sha256(), 0
-    with target.open("r+b" if target.exists() else "wb") as out:
-        while block := source.read(BLOCK):
-            count += len(block)
-            if count > file.size:
-                break
+    with using(target.parent, FIX):
+        out = target.open("r+b" if target.exists() else "wb", buffering=0)
+    with out:
+        while count <= file.size and (block := source.read(BLOCK)):
             digest.update(block)
-            out.write(block)
+            count += len(block)
+            with using(target.parent, FIX):
+                rest = memoryview(block)
+                while rest:  # a disk that is almost full takes less
+                    rest = rest[out.write(rest) :]
         out.truncate()
     if count != file.size:
         more = "more than " if count > file.size else ""

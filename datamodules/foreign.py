@@ -6,6 +6,7 @@ kept by where it lies, and its label read from KEY.cls (a number or a name) or f
 """
 
 import json
+import re
 import tarfile
 from collections import Counter
 from io import BytesIO
@@ -14,12 +15,12 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from datamodules.convert import write_whole
+from datamodules.disk import save_whole, write_whole
 from datamodules.fetch import digest_of
 from datamodules.folder import read_size
 from datamodules.index import EXTENSIONS, class_ids
 from datamodules.progress import Bar
-from datamodules.shards import FORMAT, INDEX, MEMBER
+from datamodules.shards import FORMAT, INDEX, MEMBER, is_plain
 from datamodules.sources import BadImageError
 
 MAX_LABEL = 1 << 16  # bytes of a file with a label
@@ -61,10 +62,11 @@ def read_tar(path: Path, name: str, found: Found) -> Samples:
     """The samples of one tar file, in its order; `found` is told of the rest.
 
     Raises:
-        ValueError: no plain tar file, or a label that cannot be read.
+        ValueError: no plain tar file, a label that cannot be read, a sample with two images.
     """
     images: dict[str, tuple[int, int, int, int]] = {}
     labels: dict[str, str] = {}
+    names: dict[str, str] = {}  # of the image files, by their samples
     try:
         with tarfile.open(path, "r:") as tar, path.open("rb") as file:
             for member in tar:
@@ -74,6 +76,14 @@ def read_tar(path: Path, name: str, found: Found) -> Samples:
                 key = f"{folder}/{base.split('.')[0]}"
                 suffix, where = Path(base).suffix.lower(), f"{name}[{member.name}]"
                 if suffix in EXTENSIONS:
+                    if key in names:
+                        raise ValueError(
+                            f"{path} has two images of one sample, {names[key]} and {member.name}: "
+                            f"a sample is all that has one name up to its first dot; rename them, "
+                            f"such as to {Path(base).stem.replace('.', '-')}{suffix}, or unpack "
+                            f"them and write shards with `patchlight shard --data`"
+                        )
+                    names[key] = member.name
                     try:
                         size = read_size(BytesIO(content_of(file, member)), where)
                         images[key] = (member.offset_data, member.size, *size)
@@ -105,10 +115,7 @@ def index_tars(root: Path) -> Found:
     """
     if (root / INDEX).exists():
         raise ValueError(f"{root / INDEX} is there already; remove it to write it anew")
-    paths = {part: sorted((root / part).glob("*.tar")) for part in ("train", "val")}
-    for part, tars in paths.items():
-        if not tars:
-            raise ValueError(f"there are no .tar files in {root / part}; expected train/ and val/")
+    paths = {part: tars_in(root / part) for part in ("train", "val")}
     found, read = Found(0, [], Counter()), {}
     with Bar("shards", sum(map(len, paths.values()))) as bar:
         for part, tars in paths.items():
@@ -125,6 +132,24 @@ def index_tars(root: Path) -> Found:
     write_whole(root / INDEX, json.dumps(index, indent=1).encode())
     images = sum(len(samples) for part in read.values() for _, samples in part)
     return found._replace(images=images)
+
+
+def tars_in(directory: Path) -> list[Path]:
+    """
+    Raises:
+        ValueError: none there, or one of a name that no index may have.
+    """
+    paths = sorted(path for path in directory.glob("*.tar") if not path.name.startswith("."))
+    if not paths:
+        raise ValueError(f"there are no .tar files in {directory}; expected train/ and val/")
+    for path in paths:
+        if not is_plain(path.name):
+            plain = re.sub(r"[^\w.-]+", "-", path.stem).strip(".-") or "000000"
+            raise ValueError(
+                f"{path} has a name that is not the same everywhere, as in a URL; expected only "
+                f"letters, digits, _, . and -, the first no -; rename it, such as to {plain}.tar"
+            )
+    return paths
 
 
 def part_of(
@@ -148,6 +173,6 @@ def part_of(
     if not rows:
         raise ValueError(f"there is no readable image in the .tar files of {root / part}")
     table = root / part / "members.npy"
-    np.save(table, np.array(rows, MEMBER))
+    save_whole(table, np.array(rows, MEMBER))
     members = {"name": f"{part}/{table.name}", "bytes": table.stat().st_size}
     return {"shards": shards, "members": {**members, "sha256": digest_of(table)}}

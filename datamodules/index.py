@@ -20,6 +20,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from datamodules.disk import cache_directory, replacing, using
+
 EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 )
@@ -57,11 +59,6 @@ class Index:
         return self.root / self.relative(row)
 
 
-def cache_directory() -> Path:
-    given = os.environ.get("PATCHLIGHT_CACHE")
-    return (Path(given) if given else Path.home() / ".cache" / "patchlight") / "index"
-
-
 def open_index(root: Path) -> Index:
     """The index of a directory or a list file: from the cache where that is still true.
 
@@ -77,14 +74,26 @@ def open_index(root: Path) -> Index:
         raise ValueError(f"data.root {root} is a file, but no list (.txt, .csv or .tsv)")
     if not root.exists():
         raise ValueError(f"data.root {root} does not exist; expected a directory or a list file")
-    pointer = cache_directory() / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:24]}.json"
-    if pointer.is_file():
-        known: dict[str, Any] = json.loads(pointer.read_text(encoding="utf-8"))
-        if all(stamp(Path(path)) == when for path, when in known["stamps"]):
-            with suppress(FileNotFoundError):  # renewed by another process just now
-                return load(root, pointer.parent / known["arrays"], known)
+    cache = cache_directory("index")
+    pointer = cache / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:24]}.json"
+    with using(cache):
+        known = known_by(pointer)
+    if known and all(stamp(Path(path)) == when for path, when in known["stamps"]):
+        # Renewed by another process just now, or damaged.
+        with suppress(FileNotFoundError, ValueError, EOFError):
+            return load(root, cache / known["arrays"], known)
     entries, stamps, skipped = read_list(root) if is_list else scan(root)
-    return store(root, pointer, entries, stamps, skipped)
+    with using(cache):
+        return store(root, pointer, entries, stamps, skipped)
+
+
+def known_by(pointer: Path) -> dict[str, Any]:
+    """What a pointer says; nothing where there is none, or half of one."""
+    with suppress(FileNotFoundError, ValueError):
+        known = json.loads(pointer.read_bytes())
+        if isinstance(known, dict):
+            return known
+    return {}
 
 
 def stamp(path: Path) -> list[int | str] | None:
@@ -219,10 +228,9 @@ def store(
     np.save(arrays / "paths.npy", np.frombuffer(b"".join(p for p, _ in entries), np.uint8))
     known = {"arrays": arrays.name, "stamps": stamps, "names": names, "skipped": skipped}
     index = load(root, arrays, known)  # before anyone else can renew it
-    temporary = arrays / "pointer.json"
-    temporary.write_text(json.dumps(known), encoding="utf-8")
-    replaced = json.loads(pointer.read_text("utf-8"))["arrays"] if pointer.is_file() else None
-    temporary.replace(pointer)
+    replaced = known_by(pointer).get("arrays")
+    with replacing(pointer) as beside:
+        beside.write_text(json.dumps(known), encoding="utf-8")
     if replaced is not None:  # that one only: others may just be being written
         shutil.rmtree(pointer.parent / replaced, ignore_errors=True)  # who mapped it keeps it
     return index

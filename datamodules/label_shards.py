@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from datamodules.disk import replacing
 from datamodules.label_geometry import LabelMap
 from datamodules.sources import BadImageError, Source, with_channels
 
@@ -120,16 +121,6 @@ def stamp_of(source: Source, index: int, is_first: bool = False) -> int:
         return -1
 
 
-def replace_file(path: Path, write: Any) -> None:
-    """Write under another name, then rename: at no time is there half a file."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def shard_path(directory: Path, number: int) -> Path:
     return directory / f"maps-{number:05d}.safetensors"
 
@@ -150,7 +141,8 @@ def write_shard(directory: Path, about: About, number: int, maps: Sequence[Label
     if remainders:
         tensors["remainder"] = torch.cat([one.half().flatten() for one in remainders])
     told = {"about": about.text()}
-    replace_file(shard_path(directory, number), lambda path: save_file(tensors, path, told))
+    with replacing(shard_path(directory, number)) as beside:
+        save_file(tensors, beside, told)
 
 
 def is_whole(
@@ -199,7 +191,8 @@ def begin(directory: Path, about: About) -> None:
                     f"another directory, or delete this one"
                 )
         return
-    replace_file(directory / ABOUT, lambda path: path.write_text(about.text(), encoding="utf-8"))
+    with replacing(directory / ABOUT) as beside:
+        beside.write_text(about.text(), encoding="utf-8")
 
 
 def read_about(directory: Path) -> About:

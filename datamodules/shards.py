@@ -25,10 +25,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from datamodules.fetch import Files, Opened, Stored, bytes_of, is_url, said
+from datamodules.fetch import Files, Opened, Stored, bytes_of, said
 from datamodules.folder import decode
 from datamodules.sampling import Groups
 from datamodules.sources import BadImageError, Example, Split
+from datamodules.urls import is_url
 
 INDEX = "index.json"
 FORMAT = "patchlight shards 1"
@@ -62,16 +63,21 @@ def holds_shards(root: str) -> bool:
     return not is_url(root) and (Path(root) / INDEX).is_file()
 
 
+def is_plain(name: str) -> bool:
+    """Whether an index may name this path: it means the same everywhere, and leads nowhere else."""
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", name) is not None
+
+
 def stored(entry: dict[str, Any]) -> Stored:
     """
     Raises:
-        ValueError: a name that leads out of the directory.
+        ValueError: a name that leads out of the directory, or no checksum.
     """
     name, digest = str(entry["name"]), str(entry["sha256"])
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", name) or not re.fullmatch(
-        "[0-9a-f]{64}", digest
-    ):
+    if not is_plain(name):
         raise ValueError(f"it names a file {name!r}, which is no plain path below it")
+    if not re.fullmatch("[0-9a-f]{64}", digest):
+        raise ValueError(f"the sha256 of {name} is {digest!r}; expected 64 hexadecimal digits")
     return Stored(name, int(entry["bytes"]), digest)
 
 
@@ -97,23 +103,26 @@ def read_index(files: Files) -> tuple[tuple[str, ...], dict[str, Part]]:
         for name, part in index["parts"].items():
             shards = tuple(Shard(stored(s), int(s["samples"])) for s in part["shards"])
             parts[str(name)] = Part(shards, stored(part["members"]))
-        return tuple(map(str, index["class_names"])), parts
+        names = index["class_names"]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"its class_names are {str(names)[:40]!r}; expected a list of names")
+        return tuple(names), parts
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"{error!r}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{where} is no index of shards: {what}") from error
 
 
-def read_members(files: Files, part: Part) -> np.ndarray:
+def read_members(files: Files, part: Part, num_classes: int) -> np.ndarray:
     """The table of a part, mapped from its file.
 
     Raises:
-        ValueError: it is not there, or not of these shards.
+        ValueError: it is not there, not of these shards, or has classes that there are not.
     """
     files.open(part.members, keep=True)  # it is there, and of its size
     path = files.path(part.members, keep=True)
     try:
         members: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, OSError) as error:
         where = files.where(part.members.name)
         raise ValueError(f"{where} is no table of members: {error}") from error
     total = sum(shard.samples for shard in part.shards)
@@ -121,6 +130,13 @@ def read_members(files: Files, part: Part) -> np.ndarray:
         raise ValueError(
             f"{files.where(part.members.name)} has {members.dtype} {members.shape}; expected the "
             f"places of {total:,} images; write the shards anew with `patchlight shard`"
+        )
+    low, high = int(members["label"].min(initial=0)), int(members["label"].max(initial=-1))
+    if low < -1 or high >= num_classes:
+        raise ValueError(
+            f"{files.where(part.members.name)} has labels from {low} to {high}, and {INDEX} names "
+            f"{num_classes} classes; expected less than that, or -1 for none; write the shards "
+            f"anew with `patchlight shard`"
         )
     return members
 
@@ -170,7 +186,7 @@ class Shards:
         starts = np.cumsum([0, *(shard.samples for shard in self.shards)])
         self.groups = Groups(starts, min(shuffle_shards, len(self.shards)))
         self.check_room()
-        self.members = read_members(self.files, part)
+        self.members = read_members(self.files, part, len(self.class_names))
         self.opened: OrderedDict[int, Opened] = OrderedDict()
         self.wanted: Queue[Stored] | None = None
 

@@ -1,14 +1,13 @@
 """How large every image of a source is, before any of them is decoded."""
 
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 
+from datamodules.disk import save_whole, using
 from datamodules.folder import Folder, read_size
 from datamodules.index import Index
 from datamodules.progress import Bar
@@ -70,18 +69,12 @@ def tree_sizes(index: Index, threads: int, retry: bool) -> np.ndarray:
     sizes[rows] = read_sizes(lambda row: read_size(index.path(row)), rows, threads)
     if file.exists() and np.array_equal(sizes[rows], before):
         return frozen(sizes)  # still unreadable
-    with suppress(FileNotFoundError):  # the index was renewed meanwhile, its directory removed
-        save(file, sizes)
+    # The index may be renewed meanwhile, and its directory removed.
+    with using(file.parent), suppress(FileNotFoundError):
+        save_whole(file, sizes)
         mapped: np.ndarray = np.load(file, mmap_mode="r")
         return mapped
     return frozen(sizes)
-
-
-def save(file: Path, array: np.ndarray) -> None:
-    """In one rename: another process sees all of it or nothing."""
-    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".npy", delete=False) as temporary:
-        np.save(temporary, array)
-    Path(temporary.name).replace(file)
 
 
 def read_sizes(

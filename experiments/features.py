@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from datamodules.index import cache_directory
+from datamodules.disk import cache_directory, using
 from datamodules.module import SourceDataModule
 from datamodules.progress import Bar
 from datamodules.sources import Source, Split
@@ -53,7 +53,7 @@ def frozen_features(
         section: the arguments it was made of.
     """
     source = data.some(split, count)
-    directory = cache_directory().parent / "features" / key_of(subject, source, section, split)
+    directory = cache_directory("features") / key_of(subject, source, section, split)
     if not (directory / "features.npy").is_file():
         compute(subject, data, source, directory, device, split)
     features = np.load(directory / "features.npy", mmap_mode="c")
@@ -89,8 +89,9 @@ def compute(
     split: Split,
 ) -> None:
     """Embed every image; the directory appears complete or not at all."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix="."))
+    with using(directory.parent):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix="."))
     network = subject.backbone.to(device)
     console = Console(stderr=True, highlight=False)
     try:

@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from callbacks.knn import check_knn, classify
-from datamodules.fetch import is_url
 from datamodules.module import Needs, SourceDataModule
 from datamodules.shards import holds_shards
+from datamodules.urls import is_url
 from experiments.evaluations import record
 from experiments.features import Frozen, frozen_features
 from experiments.subject import Subject, add_arguments, open_subject, read_yaml

@@ -10,31 +10,25 @@ has, where it is not at hand.
 """
 
 import argparse
-import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
-from torch._subclasses import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
 
 from callbacks.checkpoint import Checkpoint
-from datamodules.multicrop import MultiCropDataModule
 from datamodules.one_size import OneSizeDataModule
+from datamodules.placed import limited
 from datamodules.sampling import Groups, TrainBatches
 from datamodules.sources import Grouped
-from modules.backbones import Backbone, resampling
+from experiments.memory import Memory, activations, memory_of
 from modules.optim import Optimization, peak
 
 DEVICES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 GIB = 2**30
-# Bytes that an optimizer keeps of every trained parameter, in float32.
-STATE = {"adamw": 8, "lamb": 8, "sgd": 4, "lars": 4, "rmsprop": 8}
 
 
 class Recipe(NamedTuple):
@@ -44,9 +38,11 @@ class Recipe(NamedTuple):
     data:        the data module, nothing opened
     accumulate:  micro-batches in an optimizer step
     max_epochs, max_steps: -1 or None for no such limit
+    limit:       `trainer.limit_train_batches`: batches of an epoch, or a share of them
     is_half:     whether activations are kept in 16 bits
     seed:        of the run
     machines:    that `trainer.num_nodes` names
+    is_sharded:  whether weights are spread over the devices
     """
 
     method: LightningModule
@@ -54,22 +50,11 @@ class Recipe(NamedTuple):
     accumulate: int
     max_epochs: int | None
     max_steps: int
+    limit: float
     is_half: bool
     seed: int
     machines: int
-
-
-class Memory(NamedTuple):
-    """Bytes that a device holds.
-
-    weights:     parameters and buffers of all networks, teachers too
-    training:    gradients, and what the optimizer keeps
-    activations: of one image, kept by the backbone for backward, all its views
-    """
-
-    weights: int
-    training: int
-    activations: float
+    is_sharded: bool
 
 
 def plan(arguments: Sequence[str]) -> int:
@@ -81,6 +66,10 @@ def plan(arguments: Sequence[str]) -> int:
     parser.add_argument("--epoch", type=int, default=0, help="which epoch of --shards")
     given, rest = parser.parse_known_args(list(arguments))
     devices = [number(text) for text in given.devices.split(",")]
+    if given.images is not None and given.images < 1:
+        raise ValueError(f"--images {given.images}; expected at least 1")
+    if given.epoch < 0:
+        raise ValueError(f"--epoch {given.epoch}; expected at least 0, the first")
     console = Console(highlight=False)
     with torch.device("meta"):
         recipe = read(rest)
@@ -90,12 +79,15 @@ def plan(arguments: Sequence[str]) -> int:
         groups = source.groups if isinstance(source, Grouped) else None
         console.print(shards(recipe, images, number(str(given.shards)), given.epoch, groups))
         return 0
-    memory = memory_of(recipe)
-    console.print(table(recipe, images, devices, memory))
+    memories = [memory_of(recipe.method, recipe.is_sharded, count) for count in devices]
+    an_image, memory = activations(recipe.method, recipe.data, recipe.is_half), memories[0]
+    console.print(table(recipe, images, devices, memories, an_image))
+    shared = f" on {devices[0]} devices, {memory.gathered / GIB:.2f} GiB gathered at a time"
     console.print(
         f"{images:,} images. Memory: {memory.weights / GIB:.2f} GiB of weights, "
-        f"{memory.training / GIB:.2f} GiB of gradients and optimizer, and "
-        f"{memory.activations / 2**20:.1f} MiB an image that the backbone keeps for backward "
+        f"{memory.training / GIB:.2f} GiB of gradients and optimizer"
+        f"{shared if recipe.is_sharded else ''}, and "
+        f"{an_image / 2**20:.1f} MiB an image that the backbone keeps for backward "
         f"({'16' if recipe.is_half else '32'} bits where autocast says so); heads, losses and what "
         f"the allocator wastes come on top."
     )
@@ -116,7 +108,7 @@ def read(arguments: Sequence[str]) -> Recipe:
     """Build what a recipe names; nothing is trained, opened or downloaded.
 
     Raises:
-        ValueError: packs, whose batches have no fixed number of images.
+        ValueError: packs, whose batches have no fixed number of images; no batches at all.
     """
     from experiments.cli import BASE  # which knows this verb
 
@@ -139,33 +131,45 @@ def read(arguments: Sequence[str]) -> Recipe:
             f"a plan needs batches of a fixed number of images, and {type(built.data).__name__} "
             f"has none; how many images fill a pack, its run logs as it begins"
         )
+    if trainer.limit_train_batches == 0:
+        raise ValueError("trainer.limit_train_batches is 0, so there is nothing to plan; remove it")
+    strategy = str(getattr(trainer.strategy, "class_path", trainer.strategy))
+    is_sharded = strategy.lower().endswith("sharded")
     return Recipe(
         method=built.model,
         data=built.data,
         accumulate=int(trainer.accumulate_grad_batches or 1),
         max_epochs=trainer.max_epochs,
         max_steps=int(trainer.max_steps),
+        limit=1.0 if trainer.limit_train_batches is None else trainer.limit_train_batches,
         is_half=str(trainer.precision or "").startswith(("16", "bf16")),
         seed=int(config.seed_everything or 0),
         machines=int(trainer.num_nodes or 1),
+        is_sharded=is_sharded,
     )
 
 
-def table(recipe: Recipe, images: int, devices: Sequence[int], memory: Memory) -> Table:
-    """One row for every number of devices."""
+def table(
+    recipe: Recipe,
+    images: int,
+    devices: Sequence[int],
+    memories: Sequence[Memory],
+    an_image: float,
+) -> Table:
+    """One row for every number of devices, `an_image` in bytes of memory."""
     per_device = recipe.data.batch_size
     columns = ("devices", "global batch", "peak rate", "steps/epoch", "steps")
     rows = Table(*columns, "epochs", "GiB a device", title=type(recipe.method).__name__)
     optimization = getattr(recipe.method, "optimization", Optimization())
-    gib = (memory.weights + memory.training + memory.activations * per_device) / GIB
-    for count in devices:
+    for count, memory in zip(devices, memories, strict=True):
         batch = per_device * count * recipe.accumulate
         batches = images // (per_device * count)
         if batches == 0:
             rows.add_row(str(count), f"{batch:,}", f"more than the {images:,} images", *[""] * 4)
             continue
-        steps = -(-batches // recipe.accumulate)
+        steps = -(-limited(batches, recipe.limit) // recipe.accumulate)
         total, epochs = length(recipe, steps)
+        gib = (sum(memory) + an_image * per_device) / GIB
         rows.add_row(
             *(str(count), f"{batch:,}", f"{peak(optimization, batch):.3g}", f"{steps:,}"),
             *("no end" if total is None else f"{total:,}", epochs, f"{gib:.1f}"),
@@ -183,79 +187,6 @@ def length(recipe: Recipe, steps_an_epoch: int) -> tuple[int | None, str]:
     if not limits:
         return None, ""
     return min(limits), f"{min(limits) / steps_an_epoch:.4g}"
-
-
-def memory_of(recipe: Recipe) -> Memory:
-    """Of one device under DDP, from shapes alone."""
-    method = recipe.method
-    tensors = [*method.parameters(), *method.buffers()]
-    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
-    optimizer = getattr(method, "optimization", Optimization()).name
-    return Memory(
-        weights=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
-        training=trained * (4 + STATE[optimizer]),
-        activations=activations(recipe),
-    )
-
-
-def activations(recipe: Recipe) -> float:
-    """Bytes of one image that its backbone keeps for backward, over all views.
-
-    What two images keep more than one: tables and weights are kept once.
-    """
-    backbones = (m for m in recipe.method.modules() if isinstance(m, Backbone))
-    trained = next((b for b in backbones if any(p.requires_grad for p in b.parameters())), None)
-    if trained is None:
-        return 0.0
-    side = recipe.data.image_size or trained.image_size
-    if side is None:
-        raise ValueError("data.init_args.image_size is null, and the backbone takes any; set it")
-    views = [(1, side)]
-    if isinstance(recipe.data, MultiCropDataModule):
-        views = [(2, side), (recipe.data.num_local, recipe.data.local_size)]
-    kept = []
-    # Unlike those on the meta device, fake tensors of a CPU know autocast.
-    # Tables that are kept for later must be no fakes.
-    with kept_apart(), FakeTensorMode(allow_non_fake_inputs=True):
-        trained.to_empty(device="cpu")
-        for images in (1, 2):
-            groups = [
-                torch.zeros(count * images, trained.in_channels, *size)
-                for count, size in views
-                if count
-            ]
-            kept.append(bytes_kept(trained, groups, recipe.is_half))
-    return float(kept[1] - kept[0])
-
-
-@contextlib.contextmanager
-def kept_apart() -> Iterator[None]:
-    """What is cached within is forgotten, and what was before is not used."""
-    caches = [f for f in vars(resampling).values() if hasattr(f, "cache_clear")]
-    for cache in caches:
-        cache.cache_clear()
-    try:
-        yield
-    finally:
-        for cache in caches:
-            cache.cache_clear()
-
-
-def bytes_kept(backbone: Backbone, groups: list[Tensor], is_half: bool) -> int:
-    """Bytes of distinct tensors that a forward pass in training saves for its backward pass."""
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage.nbytes()
-        return tensor
-
-    backbone.train()
-    half = torch.autocast("cpu", torch.bfloat16) if is_half else contextlib.nullcontext()
-    with saved_tensors_hooks(pack, lambda tensor: tensor), half:
-        out: Any = backbone(groups if len(groups) > 1 else groups[0])
-    del out
-    return sum(storages.values())
 
 
 def shards(

@@ -9,10 +9,7 @@ import pickle
 import shutil
 import tarfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from datamodules import ImageDataModule, MultiCropDataModule, PackedDataModule, fetch
+from datamodules import ImageDataModule, MultiCropDataModule, PackedDataModule, urls
 from datamodules.check import main as check_data
 from datamodules.convert import convert
 from datamodules.fetch import Files, Stored, bytes_of, said
@@ -38,6 +35,7 @@ from datamodules.sizes import measure
 from datamodules.sources import Grouped, GroupedSubset, open_source
 from datamodules.unreadable import read_example
 from tests.datamodules.test_folder import write
+from tests.served import served
 
 CLASSES = ("ant", "bee", "cat", "dog", "elk", "fox")
 
@@ -69,7 +67,7 @@ def shards(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATCHLIGHT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(fetch, "PAUSE", 0.01)
+    monkeypatch.setattr(urls, "PAUSE", 0.01)
     return tmp_path / "cache" / "shards"
 
 
@@ -170,12 +168,76 @@ def test_a_full_disk_is_said_and_the_conversion_goes_on(
     def full(number: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    open_source("folder", "train", str(folder))  # so that its index is in the cache
+    open_source("folder", "val", str(folder))
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(ValueError, match=r"no space left in .*; make room and give the same"):
             write_shards(folder, tmp_path / "out")
     write_shards(folder, tmp_path / "out")
     assert (tmp_path / "out" / "index.json").read_bytes() == (shards / "index.json").read_bytes()
+
+
+def test_nothing_counts_before_it_is_on_the_disk(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record says that a shard is whole: after a power failure too, what it speaks of is."""
+    events: list[tuple[str, ...]] = []
+    sync, replace = os.fsync, Path.replace
+
+    def synced(number: int) -> None:
+        events.append(("sync", Path(os.readlink(f"/proc/self/fd/{number}")).name))
+        sync(number)
+
+    def replaced(path: Path, target: Path) -> Path:
+        events.append(("rename", path.name, target.name))
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", replaced)
+    write_shards(folder, tmp_path / "out")
+    for target in ("train-000001.npy", "train-000001.json", "members.npy", "index.json"):
+        place = next(i for i, event in enumerate(events) if event[-1] == target)
+        assert events[place - 1] == ("sync", events[place][1])
+        assert events[place + 1][0] == "sync"  # its directory
+    tar = events.index(("rename", "000001.tar.part", "000001.tar"))
+    assert events[tar - 1 : tar + 2 : 2] == [("sync", "000001.tar.part"), ("sync", "train")]
+    assert tar < next(i for i, event in enumerate(events) if event[-1] == "train-000001.json")
+
+
+def test_one_conversion_at_a_time_to_the_end(
+    folder: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from datamodules import convert as conversion
+
+    out, steps, refuse = tmp_path / "out", [], conversion.refuse_others
+    real = {name: getattr(conversion, name) for name in ("begin", "finish")}
+
+    def step(name: str, *arguments: Any) -> Any:
+        steps.append(name)
+        with pytest.raises(ValueError, match=f"another process is writing to {out}"):
+            write_shards(folder, out)
+        return real[name](*arguments)
+
+    with monkeypatch.context() as patch:
+        for name in real:
+            patch.setattr(conversion, name, partial(step, name))
+        write_shards(folder, out)
+    assert steps == ["begin", "finish"]
+    assert (out / "index.json").read_bytes() == (shards / "index.json").read_bytes()
+    assert not (out / ".unfinished").exists()
+    # Who looked before the other had begun, and got the lock after it, writes nothing over it.
+    looks = []
+
+    def late(out: Path) -> None:
+        looks.append(out)
+        if len(looks) > 1:
+            refuse(out)
+
+    monkeypatch.setattr(conversion, "refuse_others", late)
+    with pytest.raises(ValueError, match="is not empty; expected a new directory"):
+        write_shards(folder, out)
+    assert len(looks) == 2
 
 
 def test_arrays_become_png(tmp_path: Path) -> None:
@@ -373,54 +435,6 @@ def test_some_of_the_images_lie_in_few_shards(folder: Path, shards: Path) -> Non
 # From afar.
 
 
-class Server(SimpleHTTPRequestHandler):
-    """Serves a directory; does to its first answers what `faults` say of their paths."""
-
-    faults: dict[str, list[str]]
-    asked: list[str]
-
-    def __init__(self, *arguments: Any, faults: Any, asked: Any, **options: Any) -> None:
-        self.faults, self.asked = faults, asked
-        super().__init__(*arguments, **options)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        self.asked.append(self.path)
-        waiting = self.faults.get(self.path, [])
-        fault = waiting.pop(0) if waiting else ""
-        if fault == "unavailable":
-            self.send_error(503)
-            return
-        if not fault:
-            super().do_GET()
-            return
-        content = Path(self.translate_path(self.path)).read_bytes()
-        self.send_response(200)
-        length = len(content) if fault == "broken off" else len(content) // 2
-        self.send_header("Content-Length", str(length))
-        self.end_headers()
-        self.wfile.write(content[: len(content) // 2])  # and then the connection ends
-
-
-@contextmanager
-def served(directory: Path, **faults: list[str]) -> Iterator[tuple[str, list[str]]]:
-    """A URL of a directory, and what is asked of it."""
-    asked: list[str] = []
-    by_path = {f"/train/{name[1:]}.tar": list(what) for name, what in faults.items()}
-    handler = partial(Server, directory=str(directory), faults=by_path, asked=asked)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
 def held(cache: Path) -> int:
     return sum(path.stat().st_size for path in cache.iterdir() if path.is_file())
 
@@ -468,14 +482,14 @@ def test_a_run_from_a_server_is_the_run_from_the_disk(shards: Path) -> None:
 
 
 def test_a_download_that_breaks_off_is_repeated(shards: Path) -> None:
-    with served(shards, _000000=["broken off", "unavailable", "short"]) as (url, asked):
+    with served(shards, {"/train/000000.tar": ["broken off", "503", "short"]}) as (url, asked):
         source = open_source("shards", "train", url)
         assert source[0].label == open_source("shards", "train", str(shards))[0].label
         assert asked.count("/train/000000.tar") == 4
 
 
 def test_a_shard_that_never_comes_is_named(shards: Path, cache: Path) -> None:
-    with served(shards, _000001=["short"] * 99) as (url, _asked):
+    with served(shards, {"/train/000001.tar": ["short"] * 99}) as (url, _asked):
         source = open_source("shards", "train", url)
         assert isinstance(source, Shards)
         says = rf"{url}/train/000001.tar could not be fetched in 4 tries: [\d,]+ of [\d,]+ bytes"
@@ -603,6 +617,35 @@ def test_a_cache_that_is_too_small_for_a_window_is_refused(shards: Path) -> None
         open_source("shards", "train", url, cache_size="20K", shuffle_shards=2)
 
 
+def test_a_checksum_that_is_none_is_told_as_such(shards: Path, tmp_path: Path) -> None:
+    index = json.loads((shards / "index.json").read_bytes())
+    index["parts"]["train"]["shards"][0]["sha256"] = "00"
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    says = r"the sha256 of train/000000\.tar is '00'; expected 64 hexadecimal digits"
+    with pytest.raises(ValueError, match=says):
+        open_source("shards", "train", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        ("abcdef", "its class_names are 'abcdef'; expected a list of names"),
+        (None, "its class_names are 'None'; expected a list"),
+        ([1, 2, 3, 4, 5, 6], "expected a list of names"),
+        (list("abcde"), r"members\.npy has labels from 0 to 5, and index\.json names 5 classes"),
+    ],
+)
+def test_classes_are_those_of_the_images(
+    shards: Path, tmp_path: Path, names: Any, says: str
+) -> None:
+    for part in ("train", "val"):
+        (tmp_path / part).symlink_to(shards / part)
+    index = json.loads((shards / "index.json").read_bytes()) | {"class_names": names}
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=says):
+        open_source("shards", "val", str(tmp_path))
+
+
 def test_an_index_that_is_none(tmp_path: Path) -> None:
     for content, says in (("{", "is no index"), ('{"format": "x"}', "its format is 'x'")):
         (tmp_path / "index.json").write_text(content)
@@ -690,3 +733,45 @@ def test_tar_files_that_cannot_be_indexed(folder: Path, tmp_path: Path) -> None:
     (root / "val" / "1.tar").write_bytes(gzip.compress((root / "val" / "0.tar").read_bytes()))
     with pytest.raises(ValueError, match=r"1\.tar is no plain tar file"):
         index_tars(root)
+
+
+def test_two_images_of_one_sample_are_named(tmp_path: Path, folder: Path) -> None:
+    image = (folder / "train" / "ant" / "002.png").read_bytes()
+    for first, second, better in (
+        ("a/img.001.png", "a/img.002.png", "img-002.png"),
+        ("b.png", "b.seg.png", "b-seg.png"),
+    ):
+        root = tmp_path / better
+        for part in ("train", "val"):
+            (root / part).mkdir(parents=True)
+            with tarfile.open(root / part / "0.tar", "w") as tar:
+                add(tar, first, b"garbage" if part == "val" else image)
+                add(tar, "other/img.003.png", image)
+                add(tar, second, image)
+        says = rf"0\.tar has two images of one sample, {first} and {second}: .* such as to {better}"
+        with pytest.raises(ValueError, match=says):
+            index_tars(root)
+        assert not (root / "index.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [("a b.tar", "a-b"), ("-x+1.tar", "x-1"), ("s{0}=é.tar", "s-0-é"), (" .tar", "000000")],
+)
+def test_names_that_no_index_may_have_are_told_before_anything_is_read(
+    tmp_path: Path, folder: Path, name: str, plain: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from datamodules import foreign as foreign_tars
+
+    root = foreign(tmp_path / "foreign", sorted((folder / "train").rglob("*.png"))[:4])
+    (root / "val" / "1.tar").rename(root / "val" / name)
+    (root / "val" / "._0.tar").write_bytes(b"what macOS leaves")
+    with monkeypatch.context() as patch:
+        patch.setattr(foreign_tars, "read_tar", None)  # calling it would fail
+        with pytest.raises(
+            ValueError, match=rf"the first no -; rename it, such as to {plain}\.tar"
+        ):
+            index_tars(root)
+    (root / "val" / name).rename(root / "val" / f"{plain}.tar")
+    assert index_tars(root).images == 8
+    assert len(open_source("shards", "val", str(root))) == 4

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from sklearn.neighbors import KNeighborsClassifier
 
-from datamodules.index import cache_directory
+from datamodules.disk import cache_directory
 from experiments import judge
 from experiments.evaluations import evaluations
 from experiments.subject import fingerprint, normalisation_of, open_subject
@@ -99,7 +99,7 @@ def test_the_second_time_nothing_is_computed(
     arguments = ["-c", "random", "--config", str(DIGITS), "--k", "5"]
     judge.knn(arguments)
     first = capsys.readouterr().out
-    kept = sorted((cache_directory().parent / "features").iterdir())
+    kept = sorted(cache_directory("features").iterdir())
     assert len(kept) == 2
     assert all((directory / "features.npy").is_file() for directory in kept)
 
@@ -187,7 +187,7 @@ def test_a_replaced_image_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixtu
     save_file(to_timm(network), tmp_path / "vit.safetensors")
     arguments = ["-c", "vit.safetensors", "--data", str(root), "--k", "1"]
     assert judge.knn(arguments) == 0
-    features = cache_directory().parent / "features"
+    features = cache_directory("features")
     assert len(list(features.iterdir())) == 2
     write(root / "val" / "a" / "0.png", 77, size=(40, 40))
     assert judge.knn(arguments) == 0

@@ -1,23 +1,33 @@
 """What `plan` says is what a run does."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Callback
+from torch import distributed as dist
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from datamodules.convert import convert
 from datamodules.sampling import EvalBatches, TrainBatches, grouped_order
 from datamodules.shards import Shards
 from datamodules.sources import open_source
-from experiments.plan import bytes_kept, length, memory_of, plan, read
+from experiments.memory import activations, bytes_kept, memory_of
+from experiments.plan import length, plan, read
 from modules import optim
-from modules.backbones import ViT
+from modules.backbones import Swin, ViT
+from modules.networks import AroundBackbone
+from modules.sharding import spread
 from tests import small
 from tests.runs import EXPERIMENTS
 
+NO_STATE = ("sgd", "rmsprop")  # or less of it, without momentum
 RECIPE = ["--config", str(EXPERIMENTS / "dino" / "vit_s16.yaml")]
 
 
@@ -35,14 +45,15 @@ def test_the_published_batch_rate_and_steps(capsys: pytest.CaptureFixture[str]) 
 def test_memory_is_that_of_the_networks() -> None:
     with torch.device("meta"):
         recipe = read([*RECIPE, "--trainer.precision=bf16-mixed"])
-    memory = memory_of(recipe)
+    memory = memory_of(recipe.method)
     network = 21_665_664 + 5_509_376 + 16_777_216 + 65_536  # METHODS: backbone, head, last layer
     center = 65_536
     assert memory.weights == 4 * (2 * network + center)
     assert memory.training == 12 * (network - 65_536)  # the prototypes' norms are frozen
     with torch.device("meta"):
         whole = read([*RECIPE, "--trainer.precision=32-true"])
-    assert 0.4 < memory.activations / memory_of(whole).activations < 0.8
+    half, full = (activations(r.method, r.data, r.is_half) for r in (recipe, whole))
+    assert 0.4 < half / full < 0.8
 
 
 def test_what_is_kept_for_backward_is_counted_once() -> None:
@@ -53,6 +64,69 @@ def test_what_is_kept_for_backward_is_counted_once() -> None:
     # The input, the weight, and the result of ReLU: 4 x 8, 8 x 8 and 4 x 8 numbers.
     assert bytes_kept(linear, [x], False) == 4 * (32 + 64 + 32)  # type: ignore[arg-type]
     assert deep > shallow
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("kind", [ViT, Swin])
+def test_activations_are_those_of_a_real_step(kind: Any, recompute: bool) -> None:
+    """Of blocks that are computed again, the largest comes on top of what is kept."""
+    backbone = kind("mu", image_size=128, recompute=recompute)
+    peaks, planned = [], []
+    for count in (4, 8):
+        images, tracker = torch.randn(count, 3, 128, 128), MemTracker()
+        tracker.track_external(backbone)
+        with tracker:
+            backbone(images).pooled.sum().backward()
+        backbone.zero_grad()
+        peaks.append(tracker.get_tracker_snapshot("peak")[images.device]["Total"])
+        planned.append(bytes_kept(backbone, [images], False) - images.nbytes)
+    assert planned[1] - planned[0] == pytest.approx(peaks[1] - peaks[0], rel=0.2)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [*({"name": name} for name in optim.NAMES), *({"name": n, "momentum": 0.0} for n in NO_STATE)],
+)
+def test_gradients_and_optimizer_are_those_of_a_real_step(how: dict[str, Any]) -> None:
+    module = small.method(optimizer=optim.Optimization(base_lr=0.1, **how))
+    optimizer = optim.build(module.optimization, module)
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    kept = (value for weight in weights for value in optimizer.state[weight].values())
+    state = [value for value in kept if torch.is_tensor(value) and value.ndim]  # no counters
+    true = sum(tensor.nbytes for tensor in (*weights, *state))
+    assert memory_of(module).training == true
+
+
+def test_sharded_weights_are_those_of_a_device() -> None:
+    with torch.device("meta"):
+        recipe = read([*RECIPE, "--trainer.strategy=sharded"])
+    one, eight = (memory_of(recipe.method, recipe.is_sharded, count) for count in (1, 8))
+    assert eight.gathered == one.gathered < one.weights
+    assert eight.training == pytest.approx(one.training / 8, rel=0.02)  # a row cannot be cut
+    module = small.method()
+    planned = memory_of(module, True, 8)
+    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    try:
+        for network in module.children():
+            if isinstance(network, AroundBackbone):
+                spread(network, init_device_mesh("cpu", (8,)))
+        own = [p.to_local() if isinstance(p, DTensor) else p for p in module.parameters()]
+        true = sum(t.nbytes for t in (*own, *module.buffers()))
+    finally:
+        dist.destroy_process_group()
+    assert planned.weights == true
+
+
+@pytest.mark.parametrize(("limit", "steps"), [("7", "7"), ("0.25", "31"), ("1.0", "125")])
+def test_an_epoch_may_be_shorter(limit: str, steps: str, capsys: Any) -> None:
+    given = ["--images=1000", "--data.init_args.batch_size=8", "--devices=1"]
+    assert plan([*RECIPE, *given, f"--trainer.limit_train_batches={limit}"]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("│ 1 "))
+    total = f"{100 * int(steps):,}"
+    assert [cell.strip() for cell in row.split("│")[4:7]] == [steps, total, "100"]
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -136,3 +210,10 @@ def test_packs_and_nonsense_are_refused() -> None:
         plan([*packed, "--images", "100"])
     with pytest.raises(ValueError, match="'many' is no number of devices"):
         plan([*RECIPE, "--devices", "1,many"])
+    for count in ("0", "-5"):
+        with pytest.raises(ValueError, match=f"--images {count}; expected at least 1"):
+            plan([*RECIPE, f"--images={count}"])
+    with pytest.raises(ValueError, match="--epoch -1; expected at least 0"):
+        plan([*RECIPE, "--images=1000", "--shards=1", "--epoch=-1"])
+    with pytest.raises(ValueError, match="limit_train_batches is 0, so there is nothing to plan"):
+        plan([*RECIPE, "--images=1000", "--trainer.limit_train_batches=0"])

@@ -1,0 +1,165 @@
+"""What a device has to hold while it trains, from shapes alone."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
+
+from datamodules.multicrop import MultiCropDataModule
+from datamodules.one_size import OneSizeDataModule
+from modules.backbones import Backbone, resampling
+from modules.networks import AroundBackbone
+from modules.optim import Optimization
+from modules.sharding import units
+
+
+class Memory(NamedTuple):
+    """Bytes that a device holds.
+
+    weights:  parameters and buffers of all networks, teachers too
+    training: gradients, and what the optimizer keeps
+    gathered: of sharded networks what is whole at a time
+    """
+
+    weights: int
+    training: int
+    gathered: int
+
+
+def memory_of(method: LightningModule, is_sharded: bool = False, devices: int = 1) -> Memory:
+    """Of one device.
+
+    Sharded networks are cut along the first axis of every tensor. What is no block is whole all the
+    time, with its gradients; of blocks the one that computes, its gradients, and the next one.
+    """
+    networks = [child for child in method.children() if isinstance(child, AroundBackbone)]
+    spread = {p for network in networks for p in network.parameters() if is_sharded}
+
+    def own(parameter: Tensor) -> int:
+        numbers = parameter.numel()
+        if parameter in spread:
+            rows = parameter.shape[0] if parameter.ndim else 1
+            numbers = numbers // rows * -(-rows // devices)
+        return numbers * parameter.element_size()
+
+    trained = sum(own(p) // p.element_size() for p in method.parameters() if p.requires_grad)
+    whole = [t for t in (*method.parameters(), *method.buffers()) if t not in spread]
+    return Memory(
+        weights=sum(map(own, spread)) + sum(t.numel() * t.element_size() for t in whole),
+        training=trained * (4 + state_bytes(getattr(method, "optimization", Optimization()))),
+        gathered=gathered(networks) if is_sharded else 0,
+    )
+
+
+def state_bytes(how: Optimization) -> int:
+    """That an optimizer keeps of every trained number, in float32."""
+    if how.name in ("sgd", "rmsprop"):
+        return (4 if how.momentum else 0) + (4 if how.name == "rmsprop" else 0)
+    return 4 if how.name == "lars" else 8
+
+
+def gathered(networks: Sequence[AroundBackbone]) -> int:
+    """Bytes of sharded networks that are whole at a time: see `memory_of`."""
+    rest, largest = 0, 0
+    for network in networks:
+        blocks = [weights_and_gradients(block) for block in units(network)]
+        rest += sum(weights_and_gradients(network)) - sum(map(sum, blocks))
+        largest = max(largest, *(2 * weights + gradients for weights, gradients in blocks))
+    return rest + largest
+
+
+def weights_and_gradients(module: nn.Module) -> tuple[int, int]:
+    weights = list(module.parameters())
+    return sum(p.nbytes for p in weights), sum(p.nbytes for p in weights if p.requires_grad)
+
+
+def activations(method: LightningModule, data: OneSizeDataModule, is_half: bool) -> float:
+    """Bytes of one image that its backbone keeps for backward, over all views.
+
+    What two images keep more than one: tables and weights are kept once.
+    """
+    backbones = (m for m in method.modules() if isinstance(m, Backbone))
+    trained = next((b for b in backbones if any(p.requires_grad for p in b.parameters())), None)
+    if trained is None:
+        return 0.0
+    side = data.image_size or trained.image_size
+    if side is None:
+        raise ValueError("data.init_args.image_size is null, and the backbone takes any; set it")
+    views = [(1, side)]
+    if isinstance(data, MultiCropDataModule):
+        views = [(2, side), (data.num_local, data.local_size)]
+    kept = []
+    # Unlike those on the meta device, fake tensors of a CPU know autocast.
+    # Tables that are kept for later must be no fakes.
+    with kept_apart(), FakeTensorMode(allow_non_fake_inputs=True):
+        trained.to_empty(device="cpu")
+        for images in (1, 2):
+            groups = [
+                torch.zeros(count * images, trained.in_channels, *size)
+                for count, size in views
+                if count
+            ]
+            kept.append(bytes_kept(trained, groups, is_half))
+    return float(kept[1] - kept[0])
+
+
+@contextlib.contextmanager
+def kept_apart() -> Iterator[None]:
+    """What is cached within is forgotten, and what was before is not used."""
+    caches = [f for f in vars(resampling).values() if hasattr(f, "cache_clear")]
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        yield
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+
+
+def bytes_kept(backbone: nn.Module, groups: list[Tensor], is_half: bool) -> int:
+    """Bytes of distinct tensors that a forward pass in training saves for its backward pass.
+
+    Where blocks are computed again in it, those that the largest one saves then come on top.
+    """
+    backbone.train()
+    calls: list[tuple[Any, ...]] = []
+    again = units(backbone) if getattr(backbone, "recompute", False) else []
+    hooks = [
+        block.register_forward_pre_hook(lambda *call: calls.append(call), with_kwargs=True)
+        for block in again
+    ]
+    half = torch.autocast("cpu", torch.bfloat16) if is_half else contextlib.nullcontext()
+    with half:
+        kept = sum(saved(backbone, groups if len(groups) > 1 else groups[0]).values())
+        for hook in hooks:
+            hook.remove()
+        return kept + max((computed_again(*call) for call in calls), default=0)
+
+
+def computed_again(block: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> int:
+    """Bytes that a block saves beside its inputs, which are kept already."""
+    found = saved(block, *inputs, **options)
+    given = [leaf for leaf in tree_leaves((inputs, options)) if isinstance(leaf, Tensor)]
+    known = {tensor.untyped_storage()._cdata for tensor in given}
+    return sum(size for storage, size in found.items() if storage not in known)
+
+
+def saved(module: nn.Module, *inputs: Any, **options: Any) -> dict[int, int]:
+    """Bytes of the distinct storages that a forward pass of a module saves for its backward."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        out: Any = module(*inputs, **options)
+    del out
+    return storages
