@@ -3,6 +3,7 @@
 checkpoint.py   Checkpoint      last.ckpt and best.ckpt, written atomically
 collapse.py     Collapse        signs of collapse of self-distillation
 ema.py          EMA             averages of networks, once an optimizer step
+host.py         Progress        the progress bar, which waits for no step
 knn.py          KNN             nearest neighbours of frozen features
 monitors.py     FiniteLoss      stops a run that diverged
 pictures.py     AugmentedBatch  the batch as the network sees it
@@ -19,6 +20,7 @@ and what they share with methods: `standardize`, `tally`.
 from callbacks.checkpoint import Checkpoint
 from callbacks.collapse import Collapse
 from callbacks.ema import EMA
+from callbacks.host import Progress
 from callbacks.knn import KNN
 from callbacks.monitors import FiniteLoss
 from callbacks.pictures import AugmentedBatch, Pictures
@@ -37,6 +39,7 @@ __all__ = [
     "FiniteLoss",
     "OnlineProbe",
     "Pictures",
+    "Progress",
     "ScoreMaps",
     "StepSeed",
     "Stopping",

@@ -27,6 +27,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from callbacks.host import finish
+
 LAST, BEFORE, BEST = "last.ckpt", "before.ckpt", "best.ckpt"
 PRIMITIVES = (bool, int, float, str, bytes, type(None))
 
@@ -244,10 +246,14 @@ class Checkpoint(CheckpointBase):
         return self.best is None or (value > self.best if self.mode == "max" else value < self.best)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        finish(trainer.strategy.root_device)  # here, after all other callbacks
         stepped = trainer.global_step > self.saved_step
         due = trainer.global_step % self.every_n_steps == 0 or trainer.received_sigterm
         if stepped and due and not trainer.fit_loop._should_accumulate():
             self.save_last(trainer)
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        finish(trainer.strategy.root_device)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # What this evaluation does not log again would be taken for its result.

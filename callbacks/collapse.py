@@ -14,6 +14,8 @@ from jaxtyping import Float
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from callbacks.host import log_number
+
 
 class Diagnosed(Protocol):
     """What the callback needs.
@@ -77,7 +79,7 @@ def verdict(found: Mapping[str, float], num_prototypes: int) -> str | None:
 class Collapse(Callback):
     """Logs signs of collapse under `diagnosis/` at log points, and stops a run that shows them.
 
-    The device is waited for at log points only, and only to decide whether to stop.
+    The device is waited for at log points only.
 
     Args:
         stop: end the run with an error after `patience` log points in a row; last.ckpt of before
@@ -93,17 +95,19 @@ class Collapse(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if "diagnosis" not in outputs or trainer.fit_loop._should_accumulate():
+        is_due = "diagnosis" in outputs and trainer._logger_connector.should_update_logs
+        if not is_due or trainer.fit_loop._should_accumulate():
             return
-        features = outputs["embedding"]
-        signs = dict(outputs["diagnosis"])
-        signs |= {"feature_std": feature_std(features), "effective_rank": effective_rank(features)}
-        values = torch.stack([value.float().to(features.device) for value in signs.values()])
-        values = trainer.strategy.reduce(values, reduce_op="mean")
-        for name, value in zip(signs, values, strict=True):
-            pl_module.log(f"diagnosis/{name}", value, batch_size=1)
+        features, signs = outputs["embedding"], dict(outputs["diagnosis"])
+        own = features.cpu() if features.device.type == "xla" else features  # which has no SVD
+        signs |= {"feature_std": feature_std(own), "effective_rank": effective_rank(own)}
+        values = torch.stack([value.float().to(own.device) for value in signs.values()])
+        values = trainer.strategy.reduce(values.to(features.device), reduce_op="mean")
+        found = dict(zip(signs, values.tolist(), strict=True))
+        for name, value in found.items():
+            log_number(pl_module, f"diagnosis/{name}", value)
         if self.stop and len(features) > 1:
-            self.judge(trainer, pl_module, dict(zip(signs, values.tolist(), strict=True)))
+            self.judge(trainer, pl_module, found)
 
     def judge(
         self, trainer: Trainer, pl_module: LightningModule, found: Mapping[str, float]

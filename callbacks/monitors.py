@@ -1,9 +1,9 @@
 """What is watched during training."""
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
@@ -15,19 +15,19 @@ class Step(NamedTuple):
     """What is kept of a batch until the host asks.
 
     number:  optimizer steps before the one that it is of, or a part of
-    is_bad:  [] whether its loss was infinite or no number
+    loss:    []
     indices: [b] of its images in the source, None for batches without
     """
 
     number: int
-    is_bad: Tensor
+    loss: Tensor
     indices: Tensor | None
 
 
 class FiniteLoss(Callback):
     """Stops a run whose loss is infinite or no number, before it replaces a good checkpoint.
 
-    Every batch is looked at on the device; the host asks at log points and before a save. The
+    Losses stay on the device; the host asks for them at log points and before a save. The
     images of the first bad batch are written to `nonfinite-RANK.txt` in the run's directory.
     """
 
@@ -41,11 +41,10 @@ class FiniteLoss(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        is_bad = ~torch.isfinite(outputs["loss"].detach())
         # The counter is past this step already, but for micro-batches that did not end one.
         has_stepped = not trainer.fit_loop._should_accumulate()
         number = trainer.global_step - has_stepped
-        self.steps.append(Step(number, is_bad, getattr(batch, "indices", None)))
+        self.steps.append(Step(number, outputs["loss"], getattr(batch, "indices", None)))
         if has_stepped and trainer._logger_connector.should_update_logs:
             self.check(trainer)
 
@@ -59,8 +58,7 @@ class FiniteLoss(Callback):
 
     def check(self, trainer: Trainer) -> None:
         steps, self.steps = self.steps, []
-        flags = torch.stack([step.is_bad for step in steps]).tolist() if steps else []
-        bad = [step for step, is_bad in zip(steps, flags, strict=True) if is_bad]
+        bad = [step for step in steps if not math.isfinite(step.loss)]
         if not trainer.strategy.reduce_boolean_decision(bool(bad), all=False):
             return
         first = f"step {bad[0].number}" if bad else "a step of another device"

@@ -11,6 +11,7 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.flop_counter import FlopCounterMode
 
+from callbacks.host import log_number
 from datamodules.batch import ImageBatch, MultiCropBatch, PackedBatch, TextBatch
 from datamodules.module import Needs
 from datamodules.placed import WaitedLoader
@@ -94,7 +95,7 @@ class Throughput(Callback):
             done = self.flops_per_image * self.images / trainer.world_size
             found["mfu"] = done / seconds / self.peak
         for name, value in found.items():
-            pl_module.log(f"train/{name}", value, batch_size=1)
+            log_number(pl_module, f"train/{name}", value)
         self.restart(now, waited)
 
     def restart(self, now: float, waited: float) -> None:

@@ -88,7 +88,8 @@ def symmetric_beta(u: Float[Tensor, "b tries"], alpha: float) -> Float[Tensor, "
     2^24 draws; then 1/2 is returned. In logarithms, since u^(1/alpha) underflows.
     """
     x, y = (u.log() / alpha).chunk(2, dim=1)
-    accepted = torch.logaddexp(x, y) <= 0.0
+    # logaddexp, which XLA has not: it would go to the CPU and back.
+    accepted = torch.maximum(x, y) + (-(x - y).abs()).exp().log1p() <= 0.0
     first = accepted.int().argmax(dim=1, keepdim=True)
     value = torch.sigmoid(x - y).gather(1, first)
     return torch.where(accepted.gather(1, first), value, 0.5)[:, 0]

@@ -39,7 +39,6 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -47,6 +46,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import modules  # noqa: F401 - registers the methods and limits what a config may name
 from callbacks.checkpoint import AtomicCheckpointIO, Checkpoint
+from callbacks.host import Progress
 from callbacks.monitors import FillRate, FiniteLoss
 from callbacks.pictures import AugmentedBatch
 from callbacks.seeding import StepSeed
@@ -208,7 +208,7 @@ class PatchlightCLI(LightningCLI):
             AugmentedBatch(),
         ]
         if given.get("enable_progress_bar") is not False:
-            callbacks.append(RichProgressBar(leave=False))
+            callbacks.append(Progress())
         kwargs["callbacks"] = [*(given.get("callbacks") or []), *callbacks]
         synced = [Synced()] if given.get("sync_batchnorm") else []
         kwargs["plugins"] = [*(given.get("plugins") or []), AtomicCheckpointIO(), *synced]

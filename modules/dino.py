@@ -32,6 +32,7 @@ from torch import Tensor
 
 from callbacks.collapse import Collapse
 from callbacks.ema import EMA, Average
+from callbacks.host import log_number
 from datamodules.batch import ImageBatch, Images, MultiCropBatch, PackedBatch
 from datamodules.module import SourceDataModule
 from datamodules.views import NUM_GLOBAL
@@ -215,9 +216,10 @@ class DINO(LightningModule):
         targets = self.targets(taught.bottlenecks)
         given = (self.student.head.prototypes, targets, self.student_temperature)
         loss = batch.mean(view_loss(seen.bottlenecks, *given))
-        self.log("train/loss", loss, prog_bar=True, batch_size=batch.num_images, sync_dist=True)
+        self.log("train/loss", loss, batch_size=batch.num_images, sync_dist=True)
         out: dict[str, Any] = {"loss": loss, "embedding": taught.features[0]}
-        if self.trainer._logger_connector.should_update_logs:
+        # A TPU would compile another graph for log points, of all the step.
+        if self.trainer._logger_connector.should_update_logs or loss.device.type == "xla":
             counts = (batch.num_images, len(seen.features), self.num_prototypes)
             out["diagnosis"] = diagnose(loss, targets, *counts)
         if self.koleo > 0:
@@ -291,7 +293,7 @@ class DINO(LightningModule):
             ("teacher_momentum", self.momentum_at(self.trainer.global_step)),
             ("teacher_temperature", self.teacher_temperature()),
         ):
-            self.log(f"schedule/{name}", value, batch_size=1)
+            log_number(self, f"schedule/{name}", value)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.center is not None:  # here, because the logits were those of this teacher

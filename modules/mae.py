@@ -27,6 +27,7 @@ from jaxtyping import Float, Int
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from callbacks.host import log_number
 from callbacks.tally import Tally
 from datamodules.batch import ImageBatch, Images, MultiCropBatch, PackedBatch, PackedImages
 from datamodules.module import Needs, SourceDataModule
@@ -286,7 +287,7 @@ class MAE(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         losses, features = self.losses(batch)
         loss = batch.mean(losses)
-        self.log("train/loss", loss, prog_bar=True, batch_size=batch.num_images, sync_dist=True)
+        self.log("train/loss", loss, batch_size=batch.num_images, sync_dist=True)
         return {"loss": loss, "embedding": features.pooled.detach()}
 
     def losses(self, batch: Batch) -> tuple[Float[Tensor, " b"], Features]:
@@ -320,7 +321,7 @@ class MAE(LightningModule):
         lr = self.lr.at(step)
         optim.set_lr(optimizer, lr)
         optim.set_weight_decay(optimizer, self.optimization, step, self.lr.total)
-        self.log("schedule/lr", lr, batch_size=1)
+        log_number(self, "schedule/lr", lr)
 
     def configure_gradient_clipping(
         self,

@@ -32,6 +32,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 
 from callbacks.ema import EMA, Average
+from callbacks.host import log_number
 from datamodules.batch import ImageBatch, Images, MultiCropBatch, PackedBatch
 from datamodules.module import SourceDataModule
 from modules import optim
@@ -224,7 +225,7 @@ class MoCo(LightningModule):
         _, queries = self.student(batch.crops[0])
         first = self.trainer.global_rank * batch.num_images
         loss = batch.mean(contrast(queries, self.of_all(keys), self.temperature, first))
-        self.log("train/loss", loss, prog_bar=True, batch_size=batch.num_images, sync_dist=True)
+        self.log("train/loss", loss, batch_size=batch.num_images, sync_dist=True)
         return {"loss": loss, "embedding": features[0]}
 
     def of_all(self, keys: Float[Tensor, "2 b e"]) -> Float[Tensor, "2 all e"]:
@@ -244,8 +245,8 @@ class MoCo(LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         lr, _ = optim.follow(self.optimization, self.lr, self.trainer)
         momentum = self.momentum_at(self.trainer.global_step)
-        self.log("schedule/lr", lr, batch_size=1)
-        self.log("schedule/teacher_momentum", momentum, batch_size=1)
+        log_number(self, "schedule/lr", lr)
+        log_number(self, "schedule/teacher_momentum", momentum)
 
     def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
         optim.clip(self.optimization, self.student.parameters())

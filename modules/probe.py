@@ -30,6 +30,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from callbacks.host import log_number
 from callbacks.standardize import Reduce, Standardize
 from callbacks.tally import Tally
 from datamodules.batch import ImageBatch, Images, PackedBatch
@@ -204,13 +205,8 @@ class LinearProbe(LightningModule):
         targets = soft_targets(batch, self.num_classes, smoothing=0.0)
         logits = self.probe(batch.images, batch.is_valid, self.total)
         losses = torch.stack([batch.mean(soft_cross_entropy(one, targets)) for one in logits])
-        self.log(
-            "train/loss",
-            losses.mean(),
-            prog_bar=True,
-            batch_size=batch.num_images,
-            sync_dist=True,
-        )
+        count = batch.num_images
+        self.log("train/loss", losses.mean(), batch_size=count, sync_dist=True)
         return losses.sum()
 
     def total(self, x: Tensor) -> Tensor:
@@ -252,7 +248,7 @@ class LinearProbe(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         lr, _ = optim.follow(self.optimization, self.lr, self.trainer)
-        self.log("schedule/lr", lr, batch_size=1)
+        log_number(self, "schedule/lr", lr)
 
     def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
         for head in self.probe.heads:  # one norm over all would let a head slow the others down

@@ -41,6 +41,7 @@ from jaxtyping import Bool, Float, Int
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from callbacks.host import log_number
 from datamodules.augment import TEACH, uniforms
 from datamodules.batch import TextBatch
 from datamodules.vocabulary import Codec
@@ -232,7 +233,7 @@ class Seq2Seq(LightningModule):
         share = self.share()
         logits = self(batch) if share == 1.0 else self.reinjected(batch, share)
         loss = text_losses(logits, batch.wanted, is_counted, self.label_smoothing).mean()
-        self.log("train/loss", loss, prog_bar=True, batch_size=batch.num_pairs, sync_dist=True)
+        self.log("train/loss", loss, batch_size=batch.num_pairs, sync_dist=True)
         return {"loss": loss}
 
     def share(self) -> float:
@@ -276,8 +277,8 @@ class Seq2Seq(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         lr, _ = optim.follow(self.optimization, self.lr, self.trainer)
-        self.log("schedule/lr", lr, batch_size=1)
-        self.log("schedule/teacher_forcing", self.share(), batch_size=1)
+        log_number(self, "schedule/lr", lr)
+        log_number(self, "schedule/teacher_forcing", self.share())
 
     def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
         optim.clip(self.optimization, self.network.parameters())

@@ -27,6 +27,7 @@ from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 
 from callbacks.ema import EMA, Average
+from callbacks.host import log_number
 from callbacks.tally import Tally
 from datamodules.batch import ImageBatch, Images, PackedBatch
 from datamodules.module import SourceDataModule
@@ -252,7 +253,7 @@ class Supervised(LightningModule):
             logits = logits if dist is None else (logits + dist) / 2
             losses = loss_per_image(self.loss, logits, targets)
         loss = batch.mean(losses)
-        self.log("train/loss", loss, prog_bar=True, batch_size=batch.num_images, sync_dist=True)
+        self.log("train/loss", loss, batch_size=batch.num_images, sync_dist=True)
         return {"loss": loss, "embedding": features.pooled.detach()}
 
     def validation_step(self, batch: ImageBatch | PackedBatch, batch_idx: int) -> None:
@@ -281,7 +282,7 @@ class Supervised(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         lr, _ = optim.follow(self.optimization, self.lr, self.trainer)
-        self.log("schedule/lr", lr, batch_size=1)
+        log_number(self, "schedule/lr", lr)
 
     def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
         optim.clip(self.optimization, self.classifier.parameters())

@@ -29,6 +29,7 @@ from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 
 from callbacks.ema import EMA, Average
+from callbacks.host import log_number
 from callbacks.tally import Tally
 from datamodules.augment import TOKENS, edges, inside, uniforms
 from datamodules.batch import ImageBatch, TokenLabelBatch
@@ -277,7 +278,7 @@ class TokenLabeling(LightningModule):
             token_losses = self.token_losses(batch, tokens)
             self.log_mean("train/token_loss", batch, token_losses)
             losses = losses + self.dense_weight * token_losses
-        self.log_mean("train/loss", batch, losses, prog_bar=True)
+        self.log_mean("train/loss", batch, losses)
         return {"loss": batch.mean(losses), "embedding": features.pooled.detach()}
 
     def token_losses(
@@ -292,14 +293,10 @@ class TokenLabeling(LightningModule):
         return token_cross_entropy(logits, softmax_targets(batch.tokens, *how))
 
     def log_mean(
-        self,
-        name: str,
-        batch: TokenLabelBatch | ImageBatch,
-        losses: Float[Tensor, " b"],
-        prog_bar: bool = False,
+        self, name: str, batch: TokenLabelBatch | ImageBatch, losses: Float[Tensor, " b"]
     ) -> None:
         loss = batch.mean(losses.detach())
-        self.log(name, loss, prog_bar=prog_bar, batch_size=batch.num_images, sync_dist=True)
+        self.log(name, loss, batch_size=batch.num_images, sync_dist=True)
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
         networks = ((self.tally, self.classifier), (self.averaged_tally, self.averaged))
@@ -323,7 +320,7 @@ class TokenLabeling(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         lr, _ = optim.follow(self.optimization, self.lr, self.trainer)
-        self.log("schedule/lr", lr, batch_size=1)
+        log_number(self, "schedule/lr", lr)
 
     def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
         optim.clip(self.optimization, self.classifier.parameters())

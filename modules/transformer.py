@@ -30,6 +30,7 @@ from jaxtyping import Float
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from callbacks.host import log_number
 from datamodules.batch import TextBatch
 from datamodules.vocabulary import Codec
 from modules import optim
@@ -162,7 +163,7 @@ class Transformer(LightningModule):
         logits = self(batch)
         losses = text_losses(logits, batch.wanted, batch.is_wanted, self.label_smoothing)
         loss = losses.mean()
-        self.log("train/loss", loss, prog_bar=True, batch_size=batch.num_pairs, sync_dist=True)
+        self.log("train/loss", loss, batch_size=batch.num_pairs, sync_dist=True)
         return {"loss": loss}
 
     def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
@@ -197,7 +198,7 @@ class Transformer(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         lr, _ = optim.follow(self.optimization, self.lr, self.trainer)
-        self.log("schedule/lr", lr, batch_size=1)
+        log_number(self, "schedule/lr", lr)
 
     def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
         optim.clip(self.optimization, self.network.parameters())

@@ -1,42 +1,64 @@
-"""Ten steps of every method on XLA and on the CPU: the same losses, and nothing compiled late.
+"""Ten steps of every method on XLA and on the CPU: the same losses and the same checkpoint.
 
-Run by `tests/xla/run.sh`. Lightning asks for a TPU before it takes its XLA strategy; here it is
-told that there is one, and XLA's own client for CPUs does the work.
+No step after the third compiles, and none fetches anything from the device but at log points. Run
+by `tests/xla/run.sh`. Lightning asks for a TPU before it takes its XLA strategy; here it is told
+that there is one, and XLA's own client for CPUs does the work.
 """
 
 import sys
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import torch_xla
 import torch_xla.debug.metrics as metrics
 from lightning.fabric.accelerators.xla import XLAAccelerator
+from torch import Tensor
 
 import modules
+from datamodules.sources import open_source
 from experiments import cli
-from tests.runs import EXPERIMENTS, logged_losses, only_run
+from tests.label_maps import write_maps
+from tests.runs import EXPERIMENTS, last_checkpoint, only_run
 
 STEPS = 10
+LOG_EVERY = 3
 TOLERANCE = 1e-4
 COMPILED_BY = 3  # no step after this one compiles
-RECIPES = {
-    "supervised": ("supervised/deit_s16.yaml", "smoke.yaml"),
-    "packed": ("navit/vit_s16.yaml", "navit/smoke.yaml"),
-    "mae": ("mae/vit_b16.yaml", "mae/smoke.yaml"),
-    "dino": ("dino/vit_s16.yaml", "dino/smoke.yaml"),
-    "ibot": ("dino/vit_s16_ibot.yaml", "dino/smoke.yaml"),
-    "moco": ("moco/vit_s16.yaml", "moco/smoke.yaml"),
-}
+NUM_IMAGES = 80
 COMMON = [
-    "--data.init_args.source_args.num_train=80",
-    "--model.init_args.backbone.init_args.drop_path=0",
     *(f"--trainer.max_steps={STEPS}", "--trainer.max_epochs=null", "--trainer.callbacks=null"),
     *("--trainer.limit_val_batches=0", "--checkpoint.monitor=null", "--trainer.precision=32-true"),
     *("--trainer.enable_progress_bar=false", "--trainer.accumulate_grad_batches=1"),
-    *("--trainer.log_every_n_steps=1", "--trainer.devices=1"),
+    *(f"--trainer.log_every_n_steps={LOG_EVERY}", "--trainer.devices=1"),
+    f"--data.init_args.source_args.num_train={NUM_IMAGES}",
 ]
+# What a device's own generator draws is not what the CPU's does.
+NO_DROP_PATH = "--model.init_args.backbone.init_args.drop_path=0"
+# A recipe, its overlay, and options beside `COMMON`.
+RECIPES = {
+    "supervised": ("supervised/deit_s16.yaml", "smoke.yaml", NO_DROP_PATH),
+    "packed": ("navit/vit_s16.yaml", "navit/smoke.yaml", NO_DROP_PATH),
+    "mae": ("mae/vit_b16.yaml", "mae/smoke.yaml"),
+    "packed_mae": ("mae/packed/vit_s16.yaml", "mae/packed/smoke.yaml"),
+    "dino": ("dino/vit_s16.yaml", "dino/smoke.yaml", NO_DROP_PATH),
+    "ibot": ("dino/vit_s16_ibot.yaml", "dino/smoke.yaml", NO_DROP_PATH),
+    "moco": ("moco/vit_s16.yaml", "moco/smoke.yaml", NO_DROP_PATH),
+    "token_labels": ("lvvit/lvvit_s16.yaml", "smoke.yaml", NO_DROP_PATH),
+    "probe": ("probe/linear_mae_b16.yaml", "smoke.yaml"),
+    "rows": (
+        *("sequence/rows/digits.yaml", "sequence/rows/smoke.yaml"),
+        "--model.init_args.backbone.init_args.dropout=0",
+    ),
+    "seq2seq": ("quickstart/translate.yaml", "sequence/smoke.yaml", "--model.init_args.hidden_dim=8"),
+    "transformer": (
+        *("sequence/transformer/base.yaml", "sequence/transformer/smoke.yaml"),
+        *("--model.init_args.dropout=0", "--data.init_args.pad_to=[80, 80]"),
+    ),
+}
 
 
 class PretendTPU:
@@ -46,61 +68,104 @@ class PretendTPU:
     is_available = staticmethod(lambda: True)
 
 
+class Watched(NamedTuple):
+    """What a run did, step by step.
+
+    losses:   of every step
+    graphs:   that were compiled before it
+    fetches:  tensors that came from the device before it
+    """
+
+    losses: list[Tensor]
+    graphs: list[int]
+    fetches: list[int]
+
+
 @contextmanager
-def counted(found: list[int]) -> Any:
-    """Notes how many graphs were compiled before every step."""
+def watched() -> Iterator[Watched]:
+    """Notes at every step of any method what has been done until then."""
+    found = Watched([], [], [])
     methods = {getattr(modules, name) for name in modules.__all__}
     kept = {method: method.training_step for method in methods}
 
-    def counting(step: Any) -> Any:
+    def noting(step: Any) -> Any:
         def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
-            found.append(compilations())
-            return step(self, batch, batch_idx)
+            found.graphs.append(count("CompileTime"))
+            found.fetches.append(count("TransferFromDeviceTime"))
+            out = step(self, batch, batch_idx)
+            found.losses.append((out if isinstance(out, Tensor) else out["loss"]).detach())
+            return out
 
         return training_step
 
     for method, step in kept.items():
-        method.training_step = counting(step)
+        method.training_step = noting(step)
     try:
-        yield
+        yield found
     finally:
         for method, step in kept.items():
             method.training_step = step
 
 
-def compilations() -> int:
-    data = metrics.metric_data("CompileTime")
+def count(metric: str) -> int:
+    data = metrics.metric_data(metric)
     return 0 if data is None else int(data[0])
 
 
-def run(recipe: str, overlay: str, accelerator: str, directory: Path) -> dict[int, float]:
-    """The losses of a run, step by step."""
+def run(name: str, accelerator: str, directory: Path) -> tuple[Watched, dict[str, Any]]:
+    """What a run did, and its checkpoint as a machine without a TPU loads it."""
+    recipe, overlay, *options = RECIPES[name]
     configs = [f"--config={EXPERIMENTS / recipe}", f"--config={EXPERIMENTS / overlay}"]
     place = [f"--runs={directory / 'runs'}", f"--trainer.accelerator={accelerator}"]
-    sys.argv[1:] = ["fit", *configs, *COMMON, *place]
-    code = cli.main()
-    assert code == 0, f"{recipe} on {accelerator} ended with {code}"
-    return logged_losses(only_run(directory))
+    if name == "token_labels":
+        source = open_source("shapes", "train", None, channels=3, num_train=NUM_IMAGES, num_val=6)
+        write_maps(directory / "maps", source)
+        place.append(f"--data.init_args.labels={directory / 'maps'}")
+    sys.argv[1:] = ["fit", *configs, *COMMON, *options, *place]
+    with watched() as found:
+        code = cli.main()
+    assert code == 0, f"{name} on {accelerator} ended with {code}"
+    return found, last_checkpoint(only_run(directory))
+
+
+def tensors(state: Any, path: str = "") -> dict[str, Tensor]:
+    """All tensors in a nested state."""
+    if isinstance(state, Tensor):
+        return {path: state}
+    if isinstance(state, (list, tuple)):
+        state = dict(enumerate(state))
+    if not isinstance(state, dict):
+        return {}
+    parts = [tensors(part, f"{path}/{key}") for key, part in state.items()]
+    return {name: tensor for part in parts for name, tensor in part.items()}
 
 
 def agree(name: str) -> None:
     """
     Raises:
-        AssertionError: other losses, or a step that compiled late.
+        AssertionError: other losses or another checkpoint, a step that compiled late, or one that
+            waited for the device between log points.
     """
     with tempfile.TemporaryDirectory() as directory:
-        places = [Path(directory) / accelerator for accelerator in ("cpu", "tpu")]
-        expected = run(*RECIPES[name], "cpu", places[0])
-        graphs: list[int] = []
-        with counted(graphs):
-            found = run(*RECIPES[name], "tpu", places[1])
-    assert len(expected) == STEPS, sorted(expected)
-    assert len(set(expected.values())) > STEPS // 2, "the loss does not change"
-    far = max(abs(found[step] - loss) for step, loss in expected.items())
-    late = graphs[-1] - graphs[COMPILED_BY]
-    print(f"{name}: {STEPS} steps, losses within {far:.1e}, {graphs[-1]} graphs, {late} late")
-    assert far < TOLERANCE, {step: (loss, found[step]) for step, loss in expected.items()}
-    assert late == 0, graphs
+        expected, kept = run(name, "cpu", Path(directory) / "cpu")
+        found, loaded = run(name, "tpu", Path(directory) / "tpu")
+    losses, others = ([float(loss) for loss in each.losses] for each in (expected, found))
+    assert len(losses) == STEPS
+    assert len(set(losses)) > STEPS // 2, "the loss does not change"
+    far = max(abs(a - b) for a, b in zip(losses, others, strict=True))
+    late = found.graphs[-1] - found.graphs[COMPILED_BY]
+    steps = zip(found.fetches, found.fetches[1:], strict=False)
+    waited = [i for i, (a, b) in enumerate(steps) if b > a and (i + 1) % LOG_EVERY]
+    mine, theirs = tensors(kept), tensors(loaded)
+    print(f"{name}: losses within {far:.1e}, {found.graphs[-1]} graphs, {late} late", end=", ")
+    apart = {k: (t.double() - theirs[k].double()).abs().max() for k, t in mine.items() if k in theirs and t.numel()}
+    print(f"checkpoints within {float(max(apart.values())):.1e}", flush=True)
+    assert far < TOLERANCE, list(zip(losses, others, strict=True))
+    assert late == 0, found.graphs
+    assert waited == [], (waited, found.fetches, metrics.counter_names())
+    assert mine.keys() == theirs.keys(), mine.keys() ^ theirs.keys()
+    assert all(tensor.device.type == "cpu" for tensor in theirs.values())
+    assert max(apart.values()) < TOLERANCE, sorted(apart.items(), key=lambda item: -item[1])[:5]
 
 
 def main(names: list[str]) -> None:
