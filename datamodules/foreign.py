@@ -15,12 +15,12 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from datamodules.disk import save_whole, write_whole
+from datamodules.convert import write_index, write_members
 from datamodules.fetch import digest_of
 from datamodules.folder import read_size
 from datamodules.index import EXTENSIONS, class_ids
 from datamodules.progress import Bar
-from datamodules.shards import FORMAT, INDEX, MEMBER, is_plain
+from datamodules.shards import INDEX, MEMBER, is_plain
 from datamodules.sources import BadImageError
 
 MAX_LABEL = 1 << 16  # bytes of a file with a label
@@ -128,8 +128,7 @@ def index_tars(root: Path) -> Found:
         )
     names, ids = class_ids(groups, numeric=True)
     parts = {part: part_of(root, part, read[part], ids) for part in read}
-    index = {"format": FORMAT, "class_names": names, "parts": parts}
-    write_whole(root / INDEX, json.dumps(index, indent=1).encode())
+    write_index(root, names, parts)
     images = sum(len(samples) for part in read.values() for _, samples in part)
     return found._replace(images=images)
 
@@ -172,7 +171,4 @@ def part_of(
             shards.append({**entry, "sha256": digest_of(path)})
     if not rows:
         raise ValueError(f"there is no readable image in the .tar files of {root / part}")
-    table = root / part / "members.npy"
-    save_whole(table, np.array(rows, MEMBER))
-    members = {"name": f"{part}/{table.name}", "bytes": table.stat().st_size}
-    return {"shards": shards, "members": {**members, "sha256": digest_of(table)}}
+    return {"shards": shards, "members": write_members(root / part, np.array(rows, MEMBER))}
