@@ -6,9 +6,10 @@
     packed.py        PackedDataModule      images in their own aspect, of many sizes, packed in rows
     text.py          TextDataModule        pairs of texts, generated or from a file
 
-and what they are made of: `sources`, `shards`, `fetch`, `convert`, `foreign`, `sizes`, `pairs`,
-`vocabulary`, `sampling`, `placed`, `one_size`, `geometry`, `views`, `photometric`, `augment`,
-`packing`, `rows`, `batch`, `label_geometry`, `label_maps`, `label_shards`, `published_maps`.
+and what they are made of: `sources`, `folder`, `index`, `of_torchvision`, `shards`, `fetch`,
+`urls`, `disk`, `convert`, `foreign`, `sizes`, `pairs`, `vocabulary`, `sampling`, `placed`,
+`one_size`, `geometry`, `views`, `photometric`, `augment`, `packing`, `rows`, `cutting`, `batch`,
+`label_geometry`, `label_maps`, `label_shards`, `published_maps`.
 """
 
 from datamodules.images import ImageDataModule

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
@@ -193,16 +193,22 @@ def part_index(out: Path, part: str) -> dict[str, Any]:
     tables = [
         np.load(work / f"{part}-{i:06d}.npy", allow_pickle=False) for i in range(len(records))
     ]
-    members = out / part / "members.npy"
-    save_whole(members, np.concatenate(tables) if tables else np.array([], MEMBER))
-    return {
-        "shards": [{k: r[k] for k in ("name", "samples", "bytes", "sha256")} for r in records],
-        "members": {
-            "name": f"{part}/{members.name}",
-            "bytes": members.stat().st_size,
-            "sha256": digest_of(members),
-        },
-    }
+    shards = [{k: r[k] for k in ("name", "samples", "bytes", "sha256")} for r in records]
+    members = np.concatenate(tables) if tables else np.array([], MEMBER)
+    return {"shards": shards, "members": write_members(out / part, members)}
+
+
+def write_members(directory: Path, members: np.ndarray) -> dict[str, Any]:
+    """Write the table of a part; returns what the index says of it."""
+    path = directory / "members.npy"
+    save_whole(path, members)
+    name, size = f"{directory.name}/{path.name}", path.stat().st_size
+    return {"name": name, "bytes": size, "sha256": digest_of(path)}
+
+
+def write_index(out: Path, class_names: Sequence[str], parts: dict[str, Any]) -> None:
+    index = {"format": FORMAT, "class_names": list(class_names), "parts": parts}
+    write_whole(out / INDEX, json.dumps(index, indent=1).encode())
 
 
 def finished(work: Path, part: str) -> list[dict[str, Any]]:
@@ -312,7 +318,6 @@ def finish(out: Path, told: dict[str, Any]) -> list[tuple[str, str]]:
             )
     lines = "".join(f"{name}\t{why}\n" for name, why in bad)
     write_whole(out / "unreadable.txt", lines.encode("utf-8", "backslashreplace"))
-    index = {"format": FORMAT, "class_names": told["class_names"], "parts": parts}
-    write_whole(out / INDEX, json.dumps(index, indent=1).encode())
+    write_index(out, told["class_names"], parts)
     shutil.rmtree(out / WORK)
     return bad

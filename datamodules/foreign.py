@@ -15,12 +15,12 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from datamodules.disk import save_whole, write_whole
+from datamodules.convert import write_index, write_members
 from datamodules.fetch import digest_of
 from datamodules.folder import read_size
 from datamodules.index import EXTENSIONS, class_ids
 from datamodules.progress import Bar
-from datamodules.shards import FORMAT, INDEX, MEMBER, is_plain
+from datamodules.shards import INDEX, MEMBER, is_plain
 from datamodules.sources import BadImageError
 
 MAX_LABEL = 1 << 16  # bytes of a file with a label
@@ -75,15 +75,11 @@ def read_tar(path: Path, name: str, found: Found) -> Samples:
                 folder, _, base = member.name.rpartition("/")
                 key = f"{folder}/{base.split('.')[0]}"
                 suffix, where = Path(base).suffix.lower(), f"{name}[{member.name}]"
-                if suffix in EXTENSIONS:
-                    if key in names:
-                        raise ValueError(
-                            f"{path} has two images of one sample, {names[key]} and {member.name}: "
-                            f"a sample is all that has one name up to its first dot; rename them, "
-                            f"such as to {Path(base).stem.replace('.', '-')}{suffix}, or unpack "
-                            f"them and write shards with `patchlight shard --data`"
-                        )
-                    names[key] = member.name
+                if base.startswith("."):  # such as what macOS adds; no sample either
+                    found.ignored["hidden"] += 1
+                elif suffix in EXTENSIONS:
+                    if names.setdefault(key, member.name) != member.name or key in images:
+                        raise two_images(path, names[key], member.name)
                     try:
                         size = read_size(BytesIO(content_of(file, member)), where)
                         images[key] = (member.offset_data, member.size, *size)
@@ -102,6 +98,15 @@ def read_tar(path: Path, name: str, found: Found) -> Samples:
     return [(*place, labels.get(key, "")) for key, place in images.items()]
 
 
+def two_images(path: Path, first: str, second: str) -> ValueError:
+    *stem, suffix = Path(second).name.split(".")
+    return ValueError(
+        f"{path} has two images of one sample, {first} and {second}: a sample is all that has one "
+        f"name up to its first dot; rename them, such as to {'-'.join(stem)}.{suffix}, or unpack "
+        f"them and write shards with `patchlight shard --data`"
+    )
+
+
 def content_of(file: IO[bytes], member: tarfile.TarInfo) -> bytes:
     file.seek(member.offset_data)
     return file.read(member.size)
@@ -116,11 +121,14 @@ def index_tars(root: Path) -> Found:
     if (root / INDEX).exists():
         raise ValueError(f"{root / INDEX} is there already; remove it to write it anew")
     paths = {part: tars_in(root / part) for part in ("train", "val")}
-    found, read = Found(0, [], Counter()), {}
+    found = Found(0, [], Counter())
+    read: dict[str, list[tuple[Path, Samples]]] = {}
     with Bar("shards", sum(map(len, paths.values()))) as bar:
         for part, tars in paths.items():
-            read[part] = [(path, read_tar(path, f"{part}/{path.name}", found)) for path in tars]
-            bar.advance(len(tars))
+            read[part] = []
+            for path in tars:
+                read[part].append((path, read_tar(path, f"{part}/{path.name}", found)))
+                bar.advance()
     groups = {sample[4] for _, samples in read["train"] for sample in samples}
     if "" in groups and len(groups) > 1:
         raise ValueError(
@@ -128,8 +136,7 @@ def index_tars(root: Path) -> Found:
         )
     names, ids = class_ids(groups, numeric=True)
     parts = {part: part_of(root, part, read[part], ids) for part in read}
-    index = {"format": FORMAT, "class_names": names, "parts": parts}
-    write_whole(root / INDEX, json.dumps(index, indent=1).encode())
+    write_index(root, names, parts)
     images = sum(len(samples) for part in read.values() for _, samples in part)
     return found._replace(images=images)
 
@@ -172,7 +179,4 @@ def part_of(
             shards.append({**entry, "sha256": digest_of(path)})
     if not rows:
         raise ValueError(f"there is no readable image in the .tar files of {root / part}")
-    table = root / part / "members.npy"
-    save_whole(table, np.array(rows, MEMBER))
-    members = {"name": f"{part}/{table.name}", "bytes": table.stat().st_size}
-    return {"shards": shards, "members": {**members, "sha256": digest_of(table)}}
+    return {"shards": shards, "members": write_members(root / part, np.array(rows, MEMBER))}

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from vit_pytorch.na_vit import NaViT as PytorchNaViT
 
 from datamodules.batch import PackedBatch
-from datamodules.packed import Cut, PackedDataset, collate
+from datamodules.cutting import Cut, PackedDataset, collate
 from datamodules.packing import Layout, Resolution, plan
 from datamodules.rows import rows_of
 from datamodules.sources import Example

@@ -13,9 +13,9 @@ from torch import Tensor
 from callbacks.pictures import unpack
 from datamodules import PackedDataModule
 from datamodules.batch import PackedBatch
+from datamodules.cutting import Cut, of_aspect
 from datamodules.geometry import Box, crop_and_resize
 from datamodules.module import Needs
-from datamodules.packed import Cut, of_aspect
 from datamodules.packing import Resolution, TokenDrop
 from datamodules.rows import PackedBatches, Request
 from tests.datamodules.test_folder import tree

@@ -766,6 +766,9 @@ def test_names_that_no_index_may_have_are_told_before_anything_is_read(
     root = foreign(tmp_path / "foreign", sorted((folder / "train").rglob("*.png"))[:4])
     (root / "val" / "1.tar").rename(root / "val" / name)
     (root / "val" / "._0.tar").write_bytes(b"what macOS leaves")
+    with tarfile.open(root / "train" / "0.tar", "a") as tar:
+        for i in range(2):
+            add(tar, f"./a/._é{i}.png", b"what macOS adds")
     with monkeypatch.context() as patch:
         patch.setattr(foreign_tars, "read_tar", None)  # calling it would fail
         with pytest.raises(
@@ -773,5 +776,6 @@ def test_names_that_no_index_may_have_are_told_before_anything_is_read(
         ):
             index_tars(root)
     (root / "val" / name).rename(root / "val" / f"{plain}.tar")
-    assert index_tars(root).images == 8
+    found = index_tars(root)
+    assert (found.images, found.bad, found.ignored["hidden"]) == (8, [], 2)
     assert len(open_source("shards", "val", str(root))) == 4

@@ -9,13 +9,11 @@ import pytest
 from PIL import Image
 from torchvision import datasets
 
+from datamodules.of_torchvision import TorchvisionSource, can_download, split_arguments
 from datamodules.sources import (
     BadImageError,
     Digits,
-    TorchvisionSource,
-    can_download,
     open_source,
-    split_arguments,
     to_array,
     with_channels,
 )

@@ -9,8 +9,9 @@ import scipy.io
 from PIL import Image
 from torchvision import datasets
 
+from datamodules.of_torchvision import TorchvisionSource
 from datamodules.sizes import measure
-from datamodules.sources import BadImageError, TorchvisionSource, open_source
+from datamodules.sources import BadImageError, open_source
 from tests.datamodules.test_headers import turned
 from tests.datamodules.test_sizes import assert_measured, uneven
 from tests.datamodules.test_sources import Labelled, fashion
