@@ -46,6 +46,7 @@ def unpack(
 
     What was dropped, and what an image does not reach, has the largest value of the pack: white.
     """
+    packed = move_data_to_device(packed, torch.device("cpu"))
     owner = owners(packed)
     is_patch = packed.positions[..., 0] >= 0
     shown = sorted(set(owner[is_patch].tolist()))[:count]

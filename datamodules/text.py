@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.accelerators import XLAAccelerator
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.batch import TextBatch
@@ -103,6 +104,12 @@ class TextDataModule(PlacedDataModule):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        on_tpu = self.trainer is not None and isinstance(self.trainer.accelerator, XLAAccelerator)
+        if on_tpu and self.pad_to is None:
+            raise ValueError(
+                "pad_to is null, so batches are as long as their longest text, and a TPU compiles "
+                "the step anew for every length; set data.init_args.pad_to, such as [16, 60]"
+            )
         self.train_pairs, self.val_pairs = (
             open_pairs(self.source, split, self.reverse, self.source_args) for split in SPLITS
         )

@@ -140,7 +140,8 @@ class Mask(NamedTuple):
         # What stands for the others is read from here and there: one place for all of them would
         # have to gather all their gradients.
         other = torch.arange(n, device=x.device) % kept
-        index = torch.where(self.is_seen, self.is_seen.cumsum(1) - 1, other)
+        turn = self.is_seen.cumsum(1, dtype=torch.int64)  # on a TPU that of booleans is boolean
+        index = torch.where(self.is_seen, turn - 1, other)
         index = index + kept * torch.arange(rows, device=x.device)[:, None]
         spread = x.flatten(0, 1).index_select(0, index.flatten()).view(rows, n, -1)
         return torch.where(self.is_seen[..., None], spread, token.to(x.dtype))

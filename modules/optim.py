@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from callbacks.ema import own_part
+from modules.adamw import DataAdamW
 from modules.groups import describe_groups, parameter_groups
 from modules.lars import LARS
 from modules.schedules import dino_cosine, noam, warmup_cosine, warmup_linear, warmup_rsqrt
@@ -170,9 +171,12 @@ def build(
         # DeiT-III's epsilon is the default. Clipping is `clip`'s, before the step as in the fused
         # kernel.
         return Lamb(groups, lr=how.base_lr, betas=betas, eps=how.eps, max_grad_norm=None)
+    devices = {parameter.device.type for g in groups for parameter in g["params"]}
+    if "xla" in devices:
+        return DataAdamW(groups, lr=how.base_lr, betas=betas, eps=how.eps)
     # On CUDA the fused kernel would un-scale fp16 gradients itself, after our clipping.
-    on_cpu = all(parameter.device.type == "cpu" for g in groups for parameter in g["params"])
-    return torch.optim.AdamW(groups, lr=how.base_lr, betas=betas, eps=how.eps, fused=on_cpu or None)
+    fused = True if devices == {"cpu"} else None
+    return torch.optim.AdamW(groups, lr=how.base_lr, betas=betas, eps=how.eps, fused=fused)
 
 
 def global_batch(trainer: Trainer) -> float:

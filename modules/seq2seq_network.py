@@ -57,6 +57,38 @@ class Memory(NamedTuple):
         return ("outputs", "prepared", "is_valid")
 
 
+def masked(
+    rnn: nn.RNNBase, x: Float[Tensor, "b s e"], lengths: Int[Tensor, " b"]
+) -> tuple[Float[Tensor, "b s d"], Any]:
+    """What an LSTM or a GRU makes of packed sequences, in shapes that do not depend on `lengths`.
+
+    At padding states stay as they are, so that the way from the end begins at each text's own, and
+    outputs are zeros. For TPUs, which unroll the steps in any case.
+    """
+    is_token = (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None].unbind(1)
+    is_lstm, ways = isinstance(rnn, nn.LSTM), 2 if rnn.bidirectional else 1
+    last: list[tuple[Tensor, ...]] = []
+    for number, weights in enumerate(rnn.all_weights):
+        layer, is_back = divmod(number, ways)
+        if not is_back:  # both ways of a layer read the same
+            x = x if layer == 0 else F.dropout(torch.cat(outputs, -1), rnn.dropout, rnn.training)
+            outputs: list[Tensor] = []
+        state = (x.new_zeros(len(x), rnn.hidden_size),) * (2 if is_lstm else 1)
+        said = [state[0]] * x.shape[1]
+        for i in sorted(range(x.shape[1]), reverse=bool(is_back)):
+            new = (
+                torch.lstm_cell(x[:, i], state, *weights)
+                if is_lstm
+                else (torch.gru_cell(x[:, i], state[0], *weights),)
+            )
+            state = tuple(torch.where(is_token[i], a, b) for a, b in zip(new, state, strict=True))
+            said[i] = torch.where(is_token[i], state[0], 0.0)
+        outputs.append(torch.stack(said, dim=1))
+        last.append(state)
+    states = tuple(torch.stack(parts) for parts in zip(*last, strict=True))
+    return torch.cat(outputs, -1), states if is_lstm else states[0]
+
+
 class EncoderDecoder(nn.Module):
     """One recurrent network reads the source, another says the target from the first one's state.
 
@@ -127,6 +159,8 @@ class EncoderDecoder(nn.Module):
         if lengths is None:
             outputs, state = self.encoder(x)
             return outputs, state
+        if x.device.type == "xla":
+            return masked(self.encoder, x, lengths)
         packed = pack_padded_sequence(  # which torch plans on the CPU
             x, lengths.cpu(), batch_first=True, enforce_sorted=False
         )

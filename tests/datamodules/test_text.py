@@ -5,11 +5,13 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch.accelerators import XLAAccelerator
 
 from datamodules import TextDataModule
 from datamodules.pairs import Generated, Pair, date, is_held_out, number, open_pairs
@@ -263,3 +265,13 @@ def test_order_is_a_function_of_seed_epoch_and_rank(monkeypatch: pytest.MonkeyPa
     for i, batch in enumerate(whole):
         assert batch.keys.tolist() == ranks[0][i].keys.tolist() + ranks[1][i].keys.tolist()
     assert set(whole[0].keys.tolist()).isdisjoint(b for x in whole[4:] for b in x.keys.tolist())
+
+
+def test_a_tpu_takes_texts_of_one_length() -> None:
+    data = TextDataModule("numbers", {"num_train": 4, "num_val": 2})
+    data.trainer = Mock(accelerator=Mock(spec=XLAAccelerator), world_size=1)
+    with pytest.raises(ValueError, match=r"a TPU compiles .* set data.init_args.pad_to, such as"):
+        data.setup("fit")
+    data.pad_to = (80, 80)
+    data.setup("fit")
+    assert data.codec.pad_to == (80, 80)

@@ -16,6 +16,7 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from modules import optim
+from modules.adamw import DataAdamW
 from modules.backbones import Backbone, ViT
 from modules.groups import describe_groups, layer_scale, parameter_groups
 from modules.optim import Optimization
@@ -412,3 +413,31 @@ def test_unknown_choices_are_refused(field: str, value: str, says: str) -> None:
     object.__setattr__(how, field, value)  # past the type checker of the tests
     with pytest.raises(ValueError, match=says):
         how.__post_init__()
+
+
+def test_adamw_of_tpus_is_that_of_torch() -> None:
+    """At a rate of nothing as well, and each goes on with the other's state."""
+    torch.manual_seed(0)
+    ours, theirs = nn.Linear(3, 4), nn.Linear(3, 4)
+    theirs.load_state_dict(ours.state_dict())
+    optimizers: list[torch.optim.Optimizer] = []
+    for network, kind in ((ours, DataAdamW), (theirs, torch.optim.AdamW)):
+        groups = optim.parameter_groups(network, 0.1)
+        optimizers.append(kind(groups, lr=1e-2, betas=(0.9, 0.95)))
+    for step in range(6):
+        x = torch.randn(5, 3)
+        for network, optimizer in zip((ours, theirs), optimizers, strict=True):
+            optim.set_lr(optimizer, 1e-2 * step)
+            network(x).square().sum().backward()
+            if step == 1:  # a parameter that rests takes other steps than the rest
+                network.bias.grad = None
+            optimizer.step()
+            optimizer.zero_grad()
+        torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+        if step == 3:
+            states = [optimizer.state_dict() for optimizer in optimizers]
+            assert states[0]["param_groups"] == states[1]["param_groups"]
+            for optimizer, state in zip(optimizers, states[::-1], strict=True):
+                optimizer.load_state_dict(state)
+    steps = [float(state["step"]) for state in optimizers[0].state_dict()["state"].values()]
+    assert sorted(steps) == [5, 6]

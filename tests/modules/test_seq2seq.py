@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from datamodules.batch import TextBatch
 from datamodules.pairs import Pair
@@ -20,7 +21,7 @@ from modules.alignment import Alignment
 from modules.backbones import RowRNN
 from modules.decoding import Search
 from modules.optim import Optimization
-from modules.seq2seq_network import EncoderDecoder
+from modules.seq2seq_network import EncoderDecoder, masked
 from modules.translation import Judge, is_exact, text_losses, translate_texts
 from tests.runs import differences
 from tests.small import data as images
@@ -360,3 +361,22 @@ def test_bfloat16_leaves_the_cells_of_a_cpu_alone(cell: Any) -> None:
             found.append((logits.float(), rows(images).pooled))
     torch.testing.assert_close(found[1][0], found[0][0], atol=0.05, rtol=0.05)
     assert torch.equal(found[1][1], found[0][1])
+
+
+@pytest.mark.parametrize(("kind", "ways"), [*product((nn.LSTM, nn.GRU), (False, True))])
+def test_masked_cells_are_packed_sequences(kind: Any, ways: bool) -> None:
+    """What TPUs run in the place of these: outputs, last states and gradients."""
+    torch.manual_seed(0)
+    rnn = kind(3, 4, num_layers=2, bidirectional=ways, batch_first=True)
+    x, lengths = torch.randn(4, 6, 3, requires_grad=True), torch.tensor([6, 1, 4, 3])
+    packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+    outputs, state = rnn(packed)
+    expected = pad_packed_sequence(outputs, batch_first=True, total_length=6)[0], state
+    found = masked(rnn, x, lengths)
+    gradients = []
+    for outputs, state in (expected, found):
+        states = state if kind is nn.LSTM else (state,)
+        total = outputs.square().sum() + sum((part * part.sin()).sum() for part in states)
+        gradients.append(torch.autograd.grad(total, (x, *rnn.parameters())))
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import torch_xla
 import torch_xla.debug.metrics as metrics
 from lightning.fabric.accelerators.xla import XLAAccelerator
@@ -38,25 +37,35 @@ COMMON = [
 ]
 # What a device's own generator draws is not what the CPU's does.
 NO_DROP_PATH = "--model.init_args.backbone.init_args.drop_path=0"
+# XLA's compiler for CPUs takes many minutes for ten views of full size.
+SMALL = (
+    "--model.init_args.backbone.init_args.image_size=32",
+    "--model.init_args.backbone.init_args.patch_size=8",
+)
+FEW_VIEWS = ("--data.init_args.local_size=16", "--data.init_args.num_local=2")
 # A recipe, its overlay, and options beside `COMMON`.
 RECIPES = {
     "supervised": ("supervised/deit_s16.yaml", "smoke.yaml", NO_DROP_PATH),
     "packed": ("navit/vit_s16.yaml", "navit/smoke.yaml", NO_DROP_PATH),
     "mae": ("mae/vit_b16.yaml", "mae/smoke.yaml"),
     "packed_mae": ("mae/packed/vit_s16.yaml", "mae/packed/smoke.yaml"),
-    "dino": ("dino/vit_s16.yaml", "dino/smoke.yaml", NO_DROP_PATH),
-    "ibot": ("dino/vit_s16_ibot.yaml", "dino/smoke.yaml", NO_DROP_PATH),
-    "moco": ("moco/vit_s16.yaml", "moco/smoke.yaml", NO_DROP_PATH),
+    "dino": ("dino/vit_s16.yaml", "dino/smoke.yaml", NO_DROP_PATH, *SMALL, *FEW_VIEWS),
+    "ibot": ("dino/vit_s16_ibot.yaml", "dino/smoke.yaml", NO_DROP_PATH, *SMALL, *FEW_VIEWS),
+    "moco": ("moco/vit_s16.yaml", "moco/smoke.yaml", NO_DROP_PATH, *SMALL),
     "token_labels": ("lvvit/lvvit_s16.yaml", "smoke.yaml", NO_DROP_PATH),
     "probe": ("probe/linear_mae_b16.yaml", "smoke.yaml"),
     "rows": (
         *("sequence/rows/digits.yaml", "sequence/rows/smoke.yaml"),
         "--model.init_args.backbone.init_args.dropout=0",
     ),
-    "seq2seq": ("quickstart/translate.yaml", "sequence/smoke.yaml", "--model.init_args.hidden_dim=8"),
+    "seq2seq": (
+        "quickstart/translate.yaml",
+        "sequence/smoke.yaml",
+        "--model.init_args.hidden_dim=8",
+    ),
     "transformer": (
         *("sequence/transformer/base.yaml", "sequence/transformer/smoke.yaml"),
-        *("--model.init_args.dropout=0", "--data.init_args.pad_to=[80, 80]"),
+        *("--model.init_args.dropout=0", "--data.init_args.pad_to=[60, 60]"),
     ),
 }
 
@@ -140,6 +149,10 @@ def tensors(state: Any, path: str = "") -> dict[str, Tensor]:
     return {name: tensor for part in parts for name, tensor in part.items()}
 
 
+def distance(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).abs().amax()) if a.numel() else 0.0
+
+
 def agree(name: str) -> None:
     """
     Raises:
@@ -158,8 +171,12 @@ def agree(name: str) -> None:
     waited = [i for i, (a, b) in enumerate(steps) if b > a and (i + 1) % LOG_EVERY]
     mine, theirs = tensors(kept), tensors(loaded)
     print(f"{name}: losses within {far:.1e}, {found.graphs[-1]} graphs, {late} late", end=", ")
-    apart = {k: (t.double() - theirs[k].double()).abs().max() for k, t in mine.items() if k in theirs and t.numel()}
-    print(f"checkpoints within {float(max(apart.values())):.1e}", flush=True)
+    apart = {
+        k: (t.double() - theirs[k].double()).abs().max()
+        for k, t in mine.items()
+        if k in theirs and t.numel()
+    }
+    print(f"checkpoints within {max(apart.values()):.1e}", flush=True)
     assert far < TOLERANCE, list(zip(losses, others, strict=True))
     assert late == 0, found.graphs
     assert waited == [], (waited, found.fetches, metrics.counter_names())
