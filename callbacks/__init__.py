@@ -10,6 +10,7 @@ pictures.py     AugmentedBatch  the batch as the network sees it
 probes.py       OnlineProbe     a linear classifier beside any method
 score_maps.py   ScoreMaps       label maps of a teacher, written while it predicts
 seeding.py      StepSeed        one seed a step
+stopping.py     Stopping        SIGTERM, after the same step on all devices
 throughput.py   Throughput      images and tokens per second, utilisation, waiting, memory
 
 and what they share with methods: `standardize`, `tally`.
@@ -24,6 +25,7 @@ from callbacks.pictures import AugmentedBatch, Pictures
 from callbacks.probes import OnlineProbe
 from callbacks.score_maps import ScoreMaps
 from callbacks.seeding import StepSeed
+from callbacks.stopping import Stopping
 from callbacks.throughput import Throughput
 
 __all__ = [
@@ -37,5 +39,6 @@ __all__ = [
     "Pictures",
     "ScoreMaps",
     "StepSeed",
+    "Stopping",
     "Throughput",
 ]

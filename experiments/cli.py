@@ -57,6 +57,7 @@ from callbacks.checkpoint import (
 from callbacks.monitors import FillRate, FiniteLoss
 from callbacks.pictures import AugmentedBatch
 from callbacks.seeding import StepSeed
+from callbacks.stopping import Stopping
 from callbacks.throughput import Throughput
 from datamodules.check import main as check_data
 from experiments.backbones import backbones
@@ -204,6 +205,7 @@ class PatchlightCLI(LightningCLI):
         given = self._get(self.config_init, "trainer")
         callbacks: list[Any] = [
             StepSeed(),
+            Stopping(),
             FiniteLoss(),
             Throughput(),
             FillRate(),

@@ -48,6 +48,14 @@ DINO_RUN = [
 ]
 
 
+class Ended(subprocess.CompletedProcess[str]):
+    """A command that ran on several ranks; its exit code is that of the first."""
+
+    def __init__(self, arguments: list[str], codes: list[int], stdout: str, stderr: str) -> None:
+        super().__init__(arguments, codes[0], stdout, stderr)
+        self.codes = codes
+
+
 class Warm:
     """A process of `tests.warm`, which takes one command after another."""
 
@@ -63,8 +71,12 @@ class Warm:
         )
 
     def run(
-        self, arguments: Sequence[str], cwd: Path, doom: tuple[int, int] | None, ranks: int
-    ) -> subprocess.CompletedProcess[str]:
+        self,
+        arguments: Sequence[str],
+        cwd: Path,
+        doom: tuple[int, int, Sequence[int]] | None,
+        ranks: int,
+    ) -> "Ended":
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         with tempfile.TemporaryDirectory() as directory:
@@ -76,9 +88,9 @@ class Warm:
                 os.killpg(self.process.pid, signal.SIGKILL)
                 warm.cache_clear()
                 raise subprocess.TimeoutExpired(list(arguments), TIMEOUT)
-            code = int(self.process.stdout.readline())
+            codes = json.loads(self.process.stdout.readline())
             texts = {name: Path(path).read_text(encoding="utf-8") for name, path in said.items()}
-        return subprocess.CompletedProcess(list(arguments), code, **texts)
+        return Ended(list(arguments), codes, **texts)
 
 
 @lru_cache(maxsize=1)
@@ -95,13 +107,14 @@ def patchlight(
     cwd: Path,
     kill_at: int | None = None,
     with_signal: int = signal.SIGKILL,
+    on_ranks: Sequence[int] = (0, 1),
     launched: bool = False,
-) -> subprocess.CompletedProcess[str]:
+) -> Ended:
     """Run the command in its own process; with `kill_at`, it gets a signal in that step.
 
     With `--trainer.devices=2` it runs in two, unless Lightning is to launch the second.
     """
-    doom = None if kill_at is None else (kill_at, int(with_signal))
+    doom = None if kill_at is None else (kill_at, int(with_signal), on_ranks)
     ranks = 2 if "--trainer.devices=2" in arguments and not launched else 1
     return warm().run(arguments, cwd, doom, ranks)
 

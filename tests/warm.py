@@ -1,7 +1,7 @@
 """Runs the command in forks of a process that has imported everything already.
 
 Importing torch and Lightning takes longer than most runs of the tests. A line of standard input is
-a request (JSON), a line of standard output its exit code. The ranks of a run on several devices
+a request (JSON), a line of standard output its exit codes. The ranks of a run on several devices
 are forks as well, where Lightning would start all but the first anew.
 """
 
@@ -30,7 +30,9 @@ def become(request: dict[str, Any]) -> None:
     sys.argv = [str(cli.__file__), *request["arguments"]]
     sys.modules["__main__"] = cli  # what Lightning starts further processes of
     if request["doom"] is not None:
-        doom(*request["doom"])
+        step, number, ranks = request["doom"]
+        if int(os.environ.get("LOCAL_RANK", 0)) in ranks:
+            doom(step, number)
 
 
 def place(rank: int, ranks: int, port: int) -> dict[str, str]:
@@ -47,8 +49,8 @@ def free_port() -> int:
         return int(opened.getsockname()[1])
 
 
-def wait_for(children: list[int]) -> int:
-    """The exit code of the first; when one has failed, the others have some seconds left."""
+def wait_for(children: list[int]) -> list[int]:
+    """Their exit codes; when one has failed, the others have some seconds left."""
     codes: dict[int, int] = {}
     deadline = float("inf")
     while len(codes) < len(children):
@@ -61,7 +63,7 @@ def wait_for(children: list[int]) -> int:
             elif time.monotonic() > deadline:
                 os.kill(child, signal.SIGKILL)
         time.sleep(0.02)
-    return codes[children[0]]
+    return [codes[child] for child in children]
 
 
 def serve() -> int | None:
@@ -76,7 +78,7 @@ def serve() -> int | None:
                 become(request)
                 return cli.main()
             children.append(child)
-        print(wait_for(children), flush=True)
+        print(json.dumps(wait_for(children)), flush=True)
     return None
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from callbacks.checkpoint import read_checkpoint
 from tests.datamodules.test_folder import tree
 from tests.runs import TINY, differences, last_checkpoint, logged_losses, only_run, patchlight
 
@@ -54,6 +55,39 @@ def test_sigterm_between_two_micro_batches_loses_no_gradient(tmp_path: Path) -> 
     done = patchlight("fit", "--resume", str(run), cwd=stopped)
     assert done.returncode == 0, done.stderr
     assert same_end(run, only_run(whole)) == []
+
+
+@pytest.mark.slow
+def test_sigterm_on_one_of_two_ranks_or_on_both_stops_them_after_the_same_step(
+    tmp_path: Path,
+) -> None:
+    """Six epochs of four steps, and evaluations of two batches on a rank and one on the other."""
+    length = ["--trainer.max_epochs=6", "--checkpoint.every_n_steps=1000"]
+    length += ["--data.init_args.source_args={num_train: 19, num_val: 5}"]
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.init_args.batch_size=2"]
+    for place in ("whole", "stopped"):
+        (tmp_path / place).mkdir()
+    assert patchlight("fit", *TINY, *length, *two, cwd=tmp_path / "whole").codes == [0, 0]
+    whole, arguments = only_run(tmp_path / "whole"), [*TINY, *length, *two]
+    # In the midst of an epoch, then in its last step but one: they ask at steps 10 and 20.
+    for step, ranks, stopped_at in ((8, [1], 10), (18, [0, 1], 20)):
+        done = patchlight(
+            *("fit", *arguments),
+            **{"cwd": tmp_path / "stopped", "kill_at": step, "on_ranks": ranks},
+            with_signal=signal.SIGTERM,
+        )
+        assert done.codes == [143, 143], done.stderr
+        assert "Traceback" not in done.stderr
+        assert done.stdout.count("stopped by SIGTERM") == 1
+        run = only_run(tmp_path / "stopped")
+        assert last_checkpoint(run)["global_step"] == stopped_at
+        before = read_checkpoint(run / "checkpoints" / "before.ckpt")["global_step"]
+        assert before == stopped_at // 4 * 4 - 4 * (stopped_at % 4 == 0)  # written once
+        arguments = ["--resume", str(run), *two]
+    done = patchlight("fit", *arguments, cwd=tmp_path / "stopped")
+    assert done.codes == [0, 0], done.stderr
+    assert same_end(run, whole) == []
+    assert logged_losses(run) == logged_losses(whole)
 
 
 @pytest.mark.slow
