@@ -57,8 +57,15 @@ def primitive_hyper_parameters(given: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in plain.items() if not_primitive(value) is None}
 
 
-def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+def read_checkpoint(
+    path: str | Path, map_location: Any = "cpu", mmap: bool = False
+) -> dict[str, Any]:
     """Load a checkpoint of tensors and primitives; nothing in the file is run.
+
+    Args:
+        path: of the file.
+        map_location: where its tensors go.
+        mmap: read of a tensor only what is used of it.
 
     Raises:
         FileNotFoundError: no such file.
@@ -73,7 +80,7 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
             f"checkpoint, or re-save an old-style file with a current torch"
         )
     try:
-        loaded = torch.load(path, map_location=map_location, weights_only=True)
+        loaded = torch.load(path, map_location, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"refused {path}: it holds pickled Python objects, which could run code when loaded, "

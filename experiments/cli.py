@@ -46,14 +46,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import modules  # noqa: F401 - registers the methods and limits what a config may name
-from callbacks.checkpoint import (
-    BEFORE,
-    LAST,
-    AtomicCheckpointIO,
-    Checkpoint,
-    newest,
-    read_checkpoint,
-)
+from callbacks.checkpoint import AtomicCheckpointIO, Checkpoint
 from callbacks.monitors import FillRate, FiniteLoss
 from callbacks.pictures import AugmentedBatch
 from callbacks.seeding import StepSeed
@@ -69,8 +62,8 @@ from experiments.look import look
 from experiments.plan import plan
 from experiments.relabel import relabel
 from experiments.resolutions import resolutions
+from experiments.resume import Start, begin, check_same, print_once, stopped_at
 from experiments.shard import shard
-from experiments.start import CONFIG, take, take_weights
 from experiments.sweep import RESULT, sweep
 from experiments.translate import translate
 from modules.backbones import Backbone
@@ -158,12 +151,11 @@ class PatchlightCLI(LightningCLI):
     """LightningCLI with our callbacks, run directories and checkpoints.
 
     Args:
-        run: its directory; None for a new one.
-        is_resumed: the run was begun there before.
+        start: where the run is and whether it goes on; one of its own by default.
     """
 
-    def __init__(self, run: Path | None = None, is_resumed: bool = False) -> None:
-        self.run, self.is_resumed = run, is_resumed
+    def __init__(self, start: Start | None = None) -> None:
+        self.start = start or Start([])
         base = {"default_config_files": [str(BASE)]}
         super().__init__(
             model_class=LightningModule,
@@ -171,7 +163,7 @@ class PatchlightCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=RunRecord,
-            save_config_kwargs={"resumed": is_resumed},
+            save_config_kwargs={"resumed": self.start.is_resumed},
             auto_configure_optimizers=False,
             parser_kwargs={"fit": {**base}, "validate": {**base}},
         )
@@ -190,6 +182,10 @@ class PatchlightCLI(LightningCLI):
         parser.add_argument(
             *("--compile",), type=bool, default=False, help="compile backbones with torch.compile"
         )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        check_same(self._parser("fit"), self.start)
+        super().parse_arguments(parser, args)
 
     def before_instantiate_classes(self) -> None:
         # On a GPU that has bfloat16 the usual precision, unless one is named.
@@ -224,15 +220,14 @@ class PatchlightCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def logger(self) -> TensorBoardLogger:
-        if self.run is None:
+        run = self.start.run
+        if run is None:
             runs = self._get(self.config, "runs")
             name = recipe_name(self._get(self.config, "config"))
             return TensorBoardLogger(runs, name, default_hp_metric=False)
         # What was logged after the checkpoint will be logged again: drop the first version of it.
-        step = stopped_at(self.run / "checkpoints") if self.is_resumed else 0
-        return TensorBoardLogger(
-            self.run.parent, "", self.run.name, default_hp_metric=False, purge_step=step
-        )
+        step = stopped_at(run / "checkpoints") if self.start.is_resumed else 0
+        return TensorBoardLogger(run.parent, "", run.name, default_hp_metric=False, purge_step=step)
 
     def before_fit(self) -> None:
         if self._get(self.config, "compile"):
@@ -254,11 +249,6 @@ class PatchlightCLI(LightningCLI):
     def after_validate(self) -> None:
         for name, value in sorted(self.trainer.callback_metrics.items()):
             print_once(f"{name} {float(value)!r}")
-
-
-@rank_zero_only
-def print_once(text: str) -> None:
-    print(text, flush=True)
 
 
 @rank_zero_only
@@ -294,41 +284,6 @@ def announce_end(trainer: Trainer) -> None:
     print_once(" | ".join([*parts, f"run in {run}", f"look: tensorboard --logdir {root}"]))
 
 
-def take_run(arguments: list[str]) -> tuple[list[str], Path | None, bool]:
-    """Turn `fit --resume RUN` into the run's config and its last checkpoint.
-
-    `--into RUN` is the same where RUN has a checkpoint, so that a job that is started again goes
-    on; else the run begins there, as its recipe says.
-
-    Returns:
-        The arguments, the run's directory if one was named, and whether it was begun before.
-
-    Raises:
-        ValueError: RUN is no run directory, or both options.
-    """
-    verb, *rest = arguments
-    rest, resumed = take(rest, "--resume")
-    rest, fixed = take(rest, "--into")
-    if not resumed and not fixed:
-        return arguments, None, False
-    if resumed and fixed:
-        raise ValueError("--resume goes on with a run and --into may begin one; give one of them")
-    run = Path((resumed or fixed)[-1])
-    checkpoint = newest(run / "checkpoints")
-    if fixed:
-        if checkpoint is None:
-            return [verb, *rest], run, False
-        rest, _ = take(rest, *CONFIG)  # those of the run's beginning are in its own
-    if not (run / "config.yaml").is_file():
-        raise ValueError(f"--resume {run}: no config.yaml there; expected a run directory")
-    found = [] if checkpoint is None else ["--ckpt_path", str(checkpoint)]
-    if checkpoint is None:
-        print_once(f"{run} has no checkpoint yet; starting it again from the beginning")
-    elif checkpoint.name == BEFORE:
-        print_once(f"{run} has no {LAST}, as when it is killed while saving; {BEFORE} goes on")
-    return [verb, "--config", str(run / "config.yaml"), *rest, *found], run, True
-
-
 def has_bfloat16() -> bool:
     """Whether there is a GPU that computes in bfloat16."""
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -339,28 +294,6 @@ def compile_backbones(method: LightningModule, **options: Any) -> None:
     for module in method.modules():
         if isinstance(module, Backbone):
             module.compile(**options)
-
-
-def stopped_at(checkpoints: Path) -> int:
-    """The optimizer step from which a run goes on.
-
-    Raises:
-        ValueError: its last checkpoint is damaged; the message offers the one before.
-    """
-    path, last, before = newest(checkpoints), checkpoints / LAST, checkpoints / BEFORE
-    if path is None:
-        return 0
-    try:
-        return int(read_checkpoint(path)["global_step"])
-    except ValueError as error:
-        try:
-            step = read_checkpoint(before)["global_step"]
-        except (ValueError, FileNotFoundError):
-            raise error from None  # it is the damaged one, or damaged as well
-        raise ValueError(
-            f"{error}. The one before it, of step {step}, is sound: `mv {before} {last}`, and "
-            f"resume again"
-        ) from error
 
 
 def quiet() -> None:
@@ -406,12 +339,9 @@ def main() -> int:
     try:
         if arguments[0] in VERBS:
             return VERBS[arguments[0]](arguments[1:])
-        run, is_resumed = None, False
-        if arguments[0] == "fit":
-            arguments, run, is_resumed = take_run(take_weights(arguments))
-            # Lightning starts further processes with the same command line.
-            sys.argv[1:] = arguments
-        PatchlightCLI(run, is_resumed)
+        start = begin(arguments) if arguments[0] == "fit" else Start(arguments)
+        sys.argv[1:] = start.arguments  # with which Lightning starts further processes
+        PatchlightCLI(start)
     except SIGTERMException:
         print_once("stopped by SIGTERM; `patchlight fit --resume RUN` goes on from its last.ckpt")
         return STOPPED

@@ -13,7 +13,7 @@ import yaml
 from callbacks.checkpoint import read_checkpoint
 from datamodules.sources import open_source
 from experiments import cli
-from experiments.start import take_weights
+from experiments.resume import begin
 from modules.backbones import ViT
 from tests.label_maps import write_maps
 from tests.runs import EXPERIMENTS, RECIPES, differences, only_run
@@ -21,9 +21,9 @@ from tests.runs import EXPERIMENTS, RECIPES, differences, only_run
 
 def fit(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> cli.PatchlightCLI:
     """What `patchlight fit` leaves behind, in this process."""
-    command, run, is_resumed = cli.take_run(take_weights(["fit", *arguments]))
-    monkeypatch.setattr(sys, "argv", ["patchlight", *command])
-    return cli.PatchlightCLI(run, is_resumed)
+    start = begin(["fit", *arguments])
+    monkeypatch.setattr(sys, "argv", ["patchlight", *start.arguments])
+    return cli.PatchlightCLI(start)
 
 
 def teacher(recipe: Path, directory: Path) -> list[str]:
