@@ -12,9 +12,9 @@ from datamodules.sources import Source
 
 
 class Step(NamedTuple):
-    """What is kept of a step until the host asks.
+    """What is kept of a batch until the host asks.
 
-    number:  optimizer steps before it
+    number:  optimizer steps before the one that it is of, or a part of
     is_bad:  [] whether its loss was infinite or no number
     indices: [b] of its images in the source, None for batches without
     """
@@ -27,8 +27,8 @@ class Step(NamedTuple):
 class FiniteLoss(Callback):
     """Stops a run whose loss is infinite or no number, before it replaces a good checkpoint.
 
-    Every step is looked at on the device; the host asks at log points and before a save. The
-    images of the first bad step are written to `nonfinite-RANK.txt` in the run's directory.
+    Every batch is looked at on the device; the host asks at log points and before a save. The
+    images of the first bad batch are written to `nonfinite-RANK.txt` in the run's directory.
     """
 
     def __init__(self) -> None:
@@ -43,9 +43,10 @@ class FiniteLoss(Callback):
     ) -> None:
         is_bad = ~torch.isfinite(outputs["loss"].detach())
         # The counter is past this step already, but for micro-batches that did not end one.
-        number = trainer.global_step - (not trainer.fit_loop._should_accumulate())
+        has_stepped = not trainer.fit_loop._should_accumulate()
+        number = trainer.global_step - has_stepped
         self.steps.append(Step(number, is_bad, getattr(batch, "indices", None)))
-        if trainer._logger_connector.should_update_logs:
+        if has_stepped and trainer._logger_connector.should_update_logs:
             self.check(trainer)
 
     def on_save_checkpoint(

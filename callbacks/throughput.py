@@ -20,7 +20,7 @@ H200 = 989.4e12  # dense, in 16 bits: the H100's. Lightning's table has that of 
 
 
 class Throughput(Callback):
-    """Logs, at log points, over the steps since the one before:
+    """Logs, at log points, over the optimizer steps since the one before, with all their batches:
 
     train/images_per_s  over all devices; of texts train/pairs_per_s
     train/tokens_per_s  patches and prefix tokens of these images, those that are masked as well;
@@ -69,14 +69,17 @@ class Throughput(Callback):
             self.counting.close()
             self.flops_per_image = self.counter.get_total_flops() / count_of(batch)
             self.counter = None
+        if self.started is not None:
+            self.images += count_of(batch) * trainer.world_size
+            self.tokens += tokens_of(batch, needs_of(trainer)) * trainer.world_size
+        if trainer.fit_loop._should_accumulate():  # the step goes on
+            return
         now = time.perf_counter()
         loader = trainer.train_dataloader
         waited = loader.waited if isinstance(loader, WaitedLoader) else 0.0
         if self.started is None:  # the first step after a pause only starts the clock
             self.restart(now, waited)
             return
-        self.images += count_of(batch) * trainer.world_size
-        self.tokens += tokens_of(batch, needs_of(trainer)) * trainer.world_size
         if not trainer._logger_connector.should_update_logs:
             return
         seconds = now - self.started

@@ -33,7 +33,7 @@ def curves(directory: Path) -> dict[str, list[float]]:
 
 
 class Clock(Callback):
-    """A clock by which every batch takes 3 s to load and every step 1 s to compute."""
+    """A clock by which a batch takes 3 s to load and 1 s to compute, and the optimizer 2 s."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -62,24 +62,36 @@ class Clock(Callback):
     def on_train_batch_start(self, *_: Any) -> None:
         self.now += 1.0
 
+    def on_before_optimizer_step(self, *_: Any) -> None:
+        self.now += 2.0
 
-def test_rates_and_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_rates_and_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int
+) -> None:
+    """Three epochs of five batches of eight; two to a step leave one for the last of an epoch."""
+    # Batches of the steps that are logged: the first of an epoch starts the clock.
+    batches = [1] * 12 if accumulate == 1 else [2, 1] * 3
+    seconds = [4 * count + 2 for count in batches]
     promised = 1e9  # by a device whose FLOPs are known
     clock, callback = Clock(), Throughput()
     monkeypatch.setattr(throughput, "peak_flops", lambda *_: promised)
     for module in (throughput, placed):
         monkeypatch.setattr(module, "time", clock)
-    small.trainer(tmp_path, clock, callback).fit(small.method(), clock.data())
+    run = small.trainer(tmp_path, clock, callback, accumulate_grad_batches=accumulate)
+    run.fit(small.method(), clock.data())
     found = curves(tmp_path)
     assert set(found) == set(NAMES)
-    assert len(found["images_per_s"]) == 12  # the first step of an epoch starts the clock
-    assert found["images_per_s"] == pytest.approx([8 / 4] * 12)
-    assert found["tokens_per_s"] == pytest.approx([8 * 5 / 4] * 12)  # 2 x 2 patches and a class
-    assert found["data_wait"] == pytest.approx([3 / 4] * 12)
+    rates = [8 * count / time for count, time in zip(batches, seconds, strict=True)]
+    assert found["images_per_s"] == pytest.approx(rates)
+    assert found["tokens_per_s"] == pytest.approx([5 * rate for rate in rates])  # 2 x 2 and a class
+    waits = [3 * count / time for count, time in zip(batches, seconds, strict=True)]
+    assert found["data_wait"] == pytest.approx(waits)
     assert all(0.05 < size < 100 for size in found["memory_gib"])
     assert callback.flops_per_image is not None
-    share = 2 * callback.flops_per_image / promised
-    assert found["mfu"] == pytest.approx([share] * 12, rel=1e-4)
+    share = callback.flops_per_image / promised
+    assert found["mfu"] == pytest.approx([share * rate for rate in rates], rel=1e-4)
 
 
 def test_flops_are_those_of_forward_and_backward(

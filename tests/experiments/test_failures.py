@@ -57,16 +57,21 @@ def test_a_truncated_checkpoint_is_refused_and_the_one_before_goes_on(tmp_path: 
     assert same_end(run, only_run(tmp_path / "whole")) == []
 
 
-def test_a_loss_that_is_no_number_names_its_step_and_its_images(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("accumulate", "batch", "step"), [(1, 6, 6), (2, 7, 4)])
+def test_a_loss_that_is_no_number_names_its_step_and_its_images(
+    tmp_path: Path, accumulate: int, batch: int, step: int
+) -> None:
+    """In epochs of five batches; one that is accumulated is the first of its step, not the last."""
+
     class Spoil(small.Pixels):
-        """Gives no number for the batch of step 6."""
+        """Gives no number for one batch."""
 
         count = 0
 
         def forward(self, images: Any) -> Any:
             features = super().forward(images)
             self.count += self.training
-            bad = self.training and self.count == 7
+            bad = self.training and self.count == batch + 1
             return features._replace(pooled=features.pooled * torch.nan) if bad else features
 
     seen: list[list[int]] = []
@@ -77,15 +82,16 @@ def test_a_loss_that_is_no_number_names_its_step_and_its_images(tmp_path: Path) 
             super().on_train_batch_end(trainer, module, outputs, batch, i)
 
     checkpoint = small.Checkpoint(every_n_steps=100, monitor=None)
-    run = small.trainer(tmp_path, Batches(), log_every_n_steps=9, checkpoint=checkpoint)
+    often = {"log_every_n_steps": 9, "accumulate_grad_batches": accumulate}
+    run = small.trainer(tmp_path, Batches(), checkpoint=checkpoint, **often)
     module = small.method(backbone=Spoil(), ema_decay=None)
-    with pytest.raises(ValueError, match=r"not a number at step 6; last\.ckpt is older") as error:
+    with pytest.raises(ValueError, match=rf"not a number at step {step}; last\.ckpt is") as error:
         run.fit(module, small.data())
     path = Path(run.log_dir or "") / "nonfinite-0.txt"
     assert str(path) in str(error.value)
     first, *lines = path.read_text().splitlines()
-    assert first == "# step 6"
-    assert [int(line.split("\t")[0]) for line in lines] == seen[6]
+    assert first == f"# step {step}"
+    assert [int(line.split("\t")[0]) for line in lines] == seen[batch]
     assert all(line.split("\t")[1] for line in lines)
 
 
