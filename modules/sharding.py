@@ -7,6 +7,7 @@ without sharding.
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from callbacks.checkpoint import read_checkpoint
 from modules.networks import AroundBackbone
 
 UNIT = re.compile(r"(?:^|[._])blocks(?:\.\d+)+$")
@@ -70,30 +72,70 @@ class Sharded(ModelParallelStrategy):
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Each device takes its parts.
+        """Each device takes its parts; nothing is taken of a file that does not fit as a whole.
 
         Raises:
-            ValueError: a checkpoint of another network.
+            FileNotFoundError: no such file.
+            ValueError: it is damaged or holds pickled objects, or is of another network or
+                optimizer.
         """
         model = self.model
         assert model is not None
         path = self.broadcast(checkpoint_path)
-        checkpoint: dict[str, Any] = torch.load(path, "cpu", mmap=True, weights_only=True)
-        kept, own = set(checkpoint["state_dict"]), set(model.state_dict())
-        if kept != own:
-            other = sorted(kept ^ own)
-            raise ValueError(
-                f"{path} is of another network: {len(other)} tensors are in one of them "
-                f"only, such as {', '.join(other[:3])}; resume with the run's own config"
-            )
+        checkpoint = read_checkpoint(path, mmap=True)
+        kept, own = checkpoint.get("state_dict", {}), model.state_dict()
+        # None in evaluation, which needs no optimizer.
+        states = checkpoint.get("optimizer_states", []) if self.optimizers else []
+        other = different_tensor(kept, own) or different_optimizer(states, self.optimizers)
+        if other is not None:
+            raise ValueError(f"{path} does not fit: {other}; resume with the run's own config")
         with torch.no_grad():
-            for name, tensor in model.state_dict().items():
-                tensor.copy_(own_part(checkpoint["state_dict"][name], tensor))
-        if self.optimizers:  # none in evaluation
-            states = checkpoint["optimizer_states"]
-            for optimizer, saved in zip(self.optimizers, states, strict=True):
-                take_state(optimizer, saved)
+            for name, tensor in own.items():
+                tensor.copy_(own_part(kept[name], tensor))
+        for optimizer, saved in zip(self.optimizers, states, strict=True):
+            take_state(optimizer, saved)
         return checkpoint
+
+
+def different_tensor(kept: dict[str, Tensor], own: dict[str, Tensor]) -> str | None:
+    """In what a checkpoint differs from a network; None where it is of it."""
+    if unpaired := sorted(set(kept) ^ set(own)):
+        return (
+            f"it is of another network, {len(unpaired)} tensors are in one of them only, such as "
+            f"{', '.join(unpaired[:3])}"
+        )
+    for name, tensor in own.items():
+        if kept[name].shape != tensor.shape:
+            return (
+                f"its {name} is {list(kept[name].shape)}, that of the network {list(tensor.shape)}"
+            )
+    return None
+
+
+def different_optimizer(kept: Sequence[dict[str, Any]], own: Sequence[Optimizer]) -> str | None:
+    """In what the optimizers of a checkpoint differ from those of a run; None where they do not."""
+    saved_groups = [state["param_groups"] for state in kept]
+    own_groups = [optimizer.param_groups for optimizer in own]
+    sizes = [
+        [[len(group["params"]) for group in groups] for groups in of_all]
+        for of_all in (saved_groups, own_groups)
+    ]
+    if sizes[0] != sizes[1]:
+        return f"its optimizers have groups of {sizes[0]} tensors, those of the run of {sizes[1]}"
+    for state, saved, groups in zip(kept, saved_groups, own_groups, strict=True):
+        pairs = [
+            (key, parameter)
+            for one, other in zip(saved, groups, strict=True)
+            for key, parameter in zip(one["params"], other["params"], strict=True)
+        ]
+        for key, parameter in pairs:
+            for name, value in state["state"].get(key, {}).items():
+                if value.dim() and value.shape != parameter.shape:
+                    return (
+                        f"{name} of its weight {key} is {list(value.shape)}, that weight of the "
+                        f"run is {list(parameter.shape)}"
+                    )
+    return None
 
 
 def own_part(whole: Tensor, like: Tensor) -> Tensor:

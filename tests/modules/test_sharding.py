@@ -1,5 +1,7 @@
 """Sharded training equals the whole one; what cannot be sharded says so."""
 
+import copy
+import json
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -11,7 +13,7 @@ from torch import nn
 from modules import DINO, LinearProbe, Supervised
 from modules.backbones import Timm, ViT
 from modules.optim import Optimization
-from modules.sharding import check, units
+from modules.sharding import Sharded, check, units
 from tests.experiments.test_mae_runs import RUN as MAE_RUN
 from tests.experiments.test_resume import losses_on_one_and_two
 from tests.runs import (
@@ -54,10 +56,33 @@ def test_two_sharded_devices_follow_one_and_resume(tmp_path: Path, name: str) ->
     patchlight("fit", *arguments, cwd=killed, kill_at=3)
     run = only_run(killed)
     assert last_checkpoint(run)["global_step"] == 3
-    done = patchlight("fit", "--resume", str(run), cwd=killed)
+    done = patchlight("fit", "--resume", str(run), "--trainer.devices=2", cwd=killed)
     assert done.returncode == 0, done.stderr
     assert differences(last_checkpoint(run)["state_dict"], ends[1]) == []
     assert logged_losses(run) == two
+    if name == "supervised":
+        finished_and_evaluated(run)
+
+
+def finished_and_evaluated(run: Path) -> None:
+    """A finished run is taken up, and evaluated by itself, with shards of two devices."""
+    result = json.loads((run / "result.json").read_text())
+    assert set(result["metrics"]) > {"val/accuracy", "val/loss"}
+    (run / "result.json").unlink()
+    last = run / "checkpoints" / "last.ckpt"
+    kept, devices = last.read_bytes(), ["--trainer.devices=2", "--trainer.strategy=sharded"]
+    done = patchlight("fit", "--resume", str(run), *devices, cwd=run)
+    assert done.codes == [0, 0], done.stderr
+    again = json.loads((run / "result.json").read_text())
+    assert again["step"] == result["step"]
+    figures = {name: value for name, value in result["metrics"].items() if "val/" in name}
+    assert {name: again["metrics"][name] for name in figures} == pytest.approx(figures, abs=1e-6)
+    assert last.read_bytes() == kept
+    given = ["--config", str(run / "config.yaml"), "--ckpt_path", str(last)]
+    done = patchlight("validate", *given, *devices, cwd=run)
+    assert done.codes == [0, 0], done.stderr
+    said = dict(line.split() for line in done.stdout.splitlines() if line.startswith("val/"))
+    assert {name: float(said[name]) for name in figures} == pytest.approx(figures, abs=1e-6)
 
 
 @pytest.mark.slow
@@ -70,12 +95,69 @@ def test_what_one_strategy_began_the_other_goes_on_with(tmp_path: Path) -> None:
         begin = [*arguments, f"--trainer.strategy={first}"]
         patchlight("fit", *begin, cwd=tmp_path / name, kill_at=3)
         run = only_run(tmp_path / name)
-        goes_on = ["--resume", str(run), f"--trainer.strategy={then}"]
+        goes_on = ["--resume", str(run), "--trainer.devices=2", f"--trainer.strategy={then}"]
         done = patchlight("fit", *goes_on, cwd=tmp_path / name)
         assert done.returncode == 0, done.stderr
         losses.append(logged_losses(run))
     assert len(losses[0]) == 8
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def held(network: nn.Module, *groups: list[nn.Parameter]) -> Sharded:
+    """The strategy as it is when a run has been set up, on one device and without shards."""
+    strategy = Sharded()
+    strategy._model = network
+    strategy.broadcast = lambda obj, src=0: obj  # type: ignore[method-assign]
+    if groups:
+        strategy.optimizers = [torch.optim.AdamW([{"params": group} for group in groups])]
+    return strategy
+
+
+def two(width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 3), nn.Linear(3, width))
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_as_a_whole(tmp_path: Path) -> None:
+    network, path = two(2), tmp_path / "last.ckpt"
+    weights = list(network.parameters())
+    saved = held(network, weights[:2], weights[2:])
+    network(torch.ones(1, 3)).sum().backward()
+    saved.optimizers[0].step()
+    state = saved.optimizers[0].state_dict()
+    torch.save({"state_dict": network.state_dict(), "optimizer_states": [state]}, path)
+
+    other = two(5)
+    before = copy.deepcopy(other.state_dict())
+    own = list(other.parameters())
+    says = r"its 1\.weight is \[2, 3\], that of the network \[5, 3\]; resume with the run's own"
+    with pytest.raises(ValueError, match=says):
+        held(other, own[:2], own[2:]).load_checkpoint(path)
+    with pytest.raises(ValueError, match=r"2 tensors are in one of them only, such as 2\.bias"):
+        held(nn.Sequential(*two(2), nn.Linear(2, 2))).load_checkpoint(path)
+    assert differences(dict(other.state_dict()), before) == []  # nothing was taken
+
+    same = two(2)
+    before, own = copy.deepcopy(same.state_dict()), list(same.parameters())
+    says = r"groups of \[\[2, 2\]\] tensors, those of the run of \[\[4\]\]; resume with"
+    with pytest.raises(ValueError, match=says):
+        held(same, own).load_checkpoint(path)
+    with pytest.raises(ValueError, match=r"exp_avg of its weight 0 is \[3, 3\], that .* is \[3\];"):
+        held(same, own[1::-1], own[2:]).load_checkpoint(path)
+    assert differences(dict(same.state_dict()), before) == []
+    held(same).load_checkpoint(path)  # an evaluation has no optimizer
+    assert differences(dict(same.state_dict()), dict(network.state_dict())) == []
+
+
+def test_a_damaged_or_unsafe_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    torch.save({"state_dict": two(2).state_dict(), "x": Optimization()}, path)
+    with pytest.raises(ValueError, match="holds pickled Python objects"):
+        held(two(2)).load_checkpoint(path)
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ValueError, match="it is truncated or not a checkpoint"):
+        held(two(2)).load_checkpoint(path)
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint at"):
+        held(two(2)).load_checkpoint(tmp_path / "none.ckpt")
 
 
 def test_units_are_blocks() -> None:
