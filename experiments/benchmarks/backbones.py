@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from vit_pytorch import ViT as PytorchViT
 
 from modules import weights
 from modules.backbones import FAMILIES, ViT, create
@@ -80,6 +79,8 @@ def networks(row: Row, with_others: bool) -> dict[str, nn.Module]:
 
 def pytorchs(vit: ViT) -> nn.Module:
     """vit-pytorch's ViT of the same depth, width, heads and MLP."""
+    from vit_pytorch import ViT as PytorchViT
+
     block: Any = vit.blocks[0]
     network: nn.Module = PytorchViT(
         image_size=SIDE,

@@ -29,6 +29,7 @@ class Arm(NamedTuple):
     """A way to train, as it is timed."""
 
     student: nn.Module
+    teacher: nn.Module
     loss: Callable[[], Tensor]
     update: Callable[[], None]
 
@@ -80,7 +81,7 @@ def ours(size: Sizes, crops: list[Tensor]) -> Arm:
         optimizer.zero_grad()
         advance(Average(teacher, student, MOMENTUM))
 
-    return Arm(student, loss, update)
+    return Arm(student, teacher, loss, update)
 
 
 def published_loss(s: Tensor, t: Tensor, center: Tensor) -> Tensor:
@@ -127,7 +128,7 @@ def published(kernels: Sequence[SDPBackend], size: Sizes, crops: list[Tensor]) -
             for source, kept in zip(student.parameters(), teacher.parameters(), strict=True):
                 kept.mul_(MOMENTUM).add_((1 - MOMENTUM) * source)
 
-    return Arm(student, loss, update)
+    return Arm(student, teacher, loss, update)
 
 
 def lightly_head(of: Head) -> nn.Module:
@@ -175,7 +176,7 @@ def of_lightly(size: Sizes, crops: list[Tensor]) -> Arm:
         for source, kept in zip(student, teacher, strict=True):
             update_momentum(source, kept, MOMENTUM)
 
-    return Arm(student, loss, update)
+    return Arm(student, teacher, loss, update)
 
 
 MAKE: dict[str, Callable[[Sizes, list[Tensor]], Arm]] = {

@@ -30,7 +30,6 @@ from rich.console import Console
 from rich.table import Table
 from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from torch import Tensor, nn
-from vit_pytorch.na_vit import NaViT as PytorchNaViT
 
 from datamodules.batch import PackedBatch
 from datamodules.packed import Cut, PackedDataset, collate
@@ -113,6 +112,8 @@ def ours(variant: str, batches: list[PackedBatch], device: torch.device) -> Step
 
 
 def vit_pytorch(variant: str, groups: list[list[Tensor]], device: torch.device) -> Step:
+    from vit_pytorch.na_vit import NaViT as PytorchNaViT
+
     size = VARIANTS[variant]
     network = PytorchNaViT(
         image_size=320,
