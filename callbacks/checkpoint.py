@@ -233,12 +233,24 @@ class Checkpoint(CheckpointBase):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.saved_step = trainer.global_step
+        if trainer.ckpt_path is None or self.monitor is None:
+            return
         # The evaluation at the end of a run comes after its last.ckpt, which does not know of it.
+        found = self.kept_with_best() if trainer.is_global_zero else ({}, "")
+        kept, fault = trainer.strategy.broadcast(found)
+        if fault:
+            raise ValueError(f"{fault}; move it away to go on without the best so far")
+        if kept.get("best") is not None and self.is_better(kept["best"]):
+            self.load_state_dict(kept)
+
+    def kept_with_best(self) -> tuple[dict[str, Any], str]:
+        """This callback's state in best.ckpt, empty where there is none, or what is wrong there."""
         path = self.directory / BEST
-        if trainer.ckpt_path is not None and self.monitor is not None and path.is_file():
-            kept = read_checkpoint(path).get("callbacks", {}).get(self.state_key, {})
-            if kept.get("best") is not None and self.is_better(kept["best"]):
-                self.load_state_dict(kept)
+        try:
+            whole = read_checkpoint(path, mmap=True) if path.is_file() else {}
+        except ValueError as error:
+            return {}, str(error)
+        return whole.get("callbacks", {}).get(self.state_key, {}), ""
 
     def is_better(self, value: float) -> bool:
         return self.best is None or (value > self.best if self.mode == "max" else value < self.best)

@@ -20,6 +20,11 @@ def total(x: Tensor) -> Tensor:
     return summed
 
 
+def is_one_of_several() -> bool:
+    """Whether there are other devices."""
+    return distributed.is_initialized() and distributed.get_world_size() > 1
+
+
 class WholeBatchNorm(_BatchNorm):
     """Batch normalisation of [b, d, ...] over all devices, with the tensors of another one."""
 
@@ -37,9 +42,18 @@ class WholeBatchNorm(_BatchNorm):
             raise ValueError(f"batch norm got {input.dim()} axis; expected [b, d] or more")
 
     def forward(self, input: Float[Tensor, "b d *rest"]) -> Float[Tensor, "b d *rest"]:
+        """
+        Raises:
+            ValueError: one value a channel on all devices, whose variance is none.
+        """
         if not self.training:
             return super().forward(input)
         self._check_input_dim(input)
+        if input.numel() == self.num_features and not is_one_of_several():
+            raise ValueError(
+                f"batch norm got one value a channel, {list(input.shape)}, whose variance is none; "
+                f"train with at least two images a batch"
+            )
         x = input.float()
         axes = [axis for axis in range(x.dim()) if axis != 1]
         shape = [1, -1] + [1] * (x.dim() - 2)

@@ -6,11 +6,13 @@ import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+import callbacks.checkpoint
 from callbacks.checkpoint import (
     AtomicCheckpointIO,
     Checkpoint,
@@ -231,3 +233,33 @@ def test_the_best_of_the_last_evaluation_survives_resuming(tmp_path: Path) -> No
     resumed.setup = lambda *_, **__: setattr(resumed, "directory", directory)
     again.fit(small.method(), small.data(), ckpt_path=str(directory / "last.ckpt"))
     assert (resumed.best, resumed.best_step) == (kept.best, kept.best_step)
+
+
+@pytest.mark.parametrize("is_global_zero", [True, False])
+def test_one_device_reads_the_best_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_global_zero: bool
+) -> None:
+    checkpoint = Checkpoint()
+    checkpoint.directory, path = tmp_path, tmp_path / "best.ckpt"
+    state = {checkpoint.state_key: {"best": 0.9, "best_step": 7}}
+    torch.save({"callbacks": state}, path)
+    read: list[Path] = []
+
+    def counted(path: Path, **options: Any) -> Any:
+        read.append(path)
+        return read_checkpoint(path, **options)
+
+    monkeypatch.setattr(callbacks.checkpoint, "read_checkpoint", counted)
+    trainer = Mock(spec=Trainer, global_step=8, ckpt_path="x", is_global_zero=is_global_zero)
+    told = Checkpoint()
+    told.directory = tmp_path
+    answer = told.kept_with_best()
+    trainer.strategy = Mock(broadcast=lambda own: own if is_global_zero else answer)
+    read.clear()
+    checkpoint.on_train_start(trainer, Mock(spec=LightningModule))
+    assert (checkpoint.best, checkpoint.best_step) == (0.9, 7)
+    assert read == [path] * is_global_zero
+    path.write_bytes(path.read_bytes()[:200])
+    answer = told.kept_with_best()
+    with pytest.raises(ValueError, match=r"best\.ckpt: it is truncated.*; move it away to go on"):
+        checkpoint.on_train_start(trainer, Mock(spec=LightningModule))

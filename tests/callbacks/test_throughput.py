@@ -16,7 +16,7 @@ from datamodules import placed
 from datamodules.batch import ImageBatch, MultiCropBatch
 from datamodules.module import Needs
 from datamodules.placed import WaitedLoader
-from tests import small
+from tests import small, views
 
 NAMES = ("images_per_s", "tokens_per_s", "data_wait", "memory_gib", "mfu")
 
@@ -108,6 +108,20 @@ def test_flops_are_those_of_forward_and_backward(
     again = Throughput()
     again.load_state_dict(callback.state_dict())
     assert again.flops_per_image == callback.flops_per_image
+
+
+def test_flops_are_the_same_while_dinos_last_layer_rests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are counted in the first step, in which it takes part in backward all the same."""
+    monkeypatch.setattr(throughput, "peak_flops", lambda *_: 1e9)
+    found = []
+    for epochs in (0, 1):
+        callback = Throughput()
+        run = views.trainer(tmp_path / str(epochs), callback, max_steps=1, limit_val_batches=0)
+        run.fit(views.method(freeze_last_layer=epochs), views.data())
+        found.append(callback.flops_per_image)
+    assert found[0] == found[1] > 0
 
 
 def test_tokens_of_batches() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from modules import synced
 from modules.synced import Synced, WholeBatchNorm
 
 
@@ -40,3 +41,24 @@ def test_on_one_device_it_is_a_batch_norm(
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
     if theirs.track_running_stats:
         torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
+def test_one_value_a_channel_is_refused_as_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs, ours = nn.BatchNorm1d(4), WholeBatchNorm(nn.BatchNorm1d(4))
+    x = torch.randn(1, 4)
+    for norm in (theirs, ours):
+        with pytest.raises(ValueError, match=r"(one|1) value.* channel"):
+            norm(x)
+    assert torch.isfinite(ours.running_var).all()
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+    # With the value of another device there are two.
+    monkeypatch.setattr(synced, "is_one_of_several", lambda: True)
+    other = torch.tensor([1.0, 2.0, 3.0, 4.0, 1.0])
+
+    def total(own: torch.Tensor) -> torch.Tensor:
+        mean = (x[0] + other[:4]) / 2
+        return own + (other if len(own) == 5 else (other[:4] - mean).square())
+
+    monkeypatch.setattr(synced, "total", total)
+    both = torch.stack((x[0], other[:4]))
+    torch.testing.assert_close(ours.train()(x), nn.BatchNorm1d(4)(both)[:1])
