@@ -127,11 +127,12 @@ def parts(network: nn.Module) -> list[nn.Module]:
 
 def mae(size: Size) -> Makers:
     batch, variant = size.batch(256), size.variant("B")
+    toy: dict[str, Any] = {"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2}
     images = torch.randn(batch, 3, mae_step.SIDE, mae_step.SIDE, device=size.device)
 
     def arm(loss: Callable[[Autoencoder, Tensor], Tensor]) -> Arm:
         vit = ViT(variant, 16, mae_step.SIDE, positions=Positions("sincos2d"), init="mae")
-        network = Autoencoder(vit, mae_step.RATIO).to(size.device)
+        network = Autoencoder(vit, mae_step.RATIO, **(toy if size.is_tiny else {})).to(size.device)
 
         def step() -> None:
             network.zero_grad()
@@ -139,7 +140,7 @@ def mae(size: Size) -> Makers:
                 value = loss(network, images)
             torch.autograd.backward(value)
 
-        return Arm(step, [network], batch)
+        return Arm(step, parts(network), batch)
 
     def lightly() -> Arm:
         # It has no toy size: a small ViT stands for one.
