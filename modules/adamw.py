@@ -17,7 +17,7 @@ class DataAdamW(torch.optim.AdamW):
     """torch's `AdamW` (Loshchilov and Hutter 2017), neither amsgrad nor maximising."""
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
