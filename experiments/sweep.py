@@ -99,6 +99,11 @@ def directory_of(setting: Setting) -> str:
     return re.sub(r"[^\w.+-]+", "_", label(setting)).strip("_")[:80] + f"-{digest}"
 
 
+def train(arguments: Sequence[str]) -> None:
+    """In a process of its own, so that a run that dies takes no other one with it."""
+    subprocess.run([sys.executable, "-m", "experiments.cli", *arguments], check=False)
+
+
 def run(setting: Setting, arguments: Sequence[str], directory: Path) -> dict[str, Any] | None:
     """Train one combination, or go on with it, or take what is there; its result."""
     results = sorted(directory.rglob(RESULT))
@@ -109,7 +114,7 @@ def run(setting: Setting, arguments: Sequence[str], directory: Path) -> dict[str
         else:
             chosen = [f"--{key}={value}" for key, value in setting]
             command = ["fit", *arguments, *chosen, "--runs", str(directory)]
-        subprocess.run([sys.executable, "-m", "experiments.cli", *command], check=False)
+        train(command)
         results = sorted(directory.rglob(RESULT))
     if not results:
         return None

@@ -2,7 +2,7 @@
 
 Importing torch and Lightning takes longer than most runs of the tests. A line of standard input is
 a request (JSON), a line of standard output its exit codes. The ranks of a run on several devices
-are forks as well, where Lightning would start all but the first anew.
+are forks as well, where Lightning would start all but the first anew, and so are those of a sweep.
 """
 
 import json
@@ -11,12 +11,30 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
-from experiments import cli
+from experiments import cli, sweep
 from tests.killed import doom
 
 GRACE = 20  # seconds
+
+
+def train_in_a_fork(arguments: Sequence[str]) -> None:
+    """In the place of the processes that a sweep starts."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        sys.argv[1:] = arguments
+        code = 1
+        try:
+            code = cli.main()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    os.waitpid(child, 0)
 
 
 def become(request: dict[str, Any]) -> None:
@@ -28,6 +46,7 @@ def become(request: dict[str, Any]) -> None:
         file = os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, descriptor)
     sys.argv = [str(cli.__file__), *request["arguments"]]
+    sweep.train = train_in_a_fork
     sys.modules["__main__"] = cli  # what Lightning starts further processes of
     if request["doom"] is not None:
         step, number, ranks = request["doom"]

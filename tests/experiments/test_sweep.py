@@ -1,6 +1,7 @@
 """Sweeps: which runs, what is kept, what the table says."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,22 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
     table = (tmp_path / "runs" / "sweep" / "supervised" / "table.md").read_text()
     assert "| 3 | missing | - | 0 (1 failed) |" in table
     assert "| 2 | 0." in table
+
+
+def test_a_run_has_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the tests above, whose runs are forks; it goes on where it was begun."""
+    asked: list[list[str]] = []
+    monkeypatch.setattr(sweep.subprocess, "run", lambda command, check: asked.append(command))
+    setting = (("seed_everything", "0"),)
+    assert sweep.run(setting, ["--config", "a.yaml"], tmp_path) is None
+    (tmp_path / "version_0").mkdir()
+    (tmp_path / "version_0" / "config.yaml").touch()
+    assert sweep.run(setting, ["--config", "a.yaml"], tmp_path) is None
+    start = [sys.executable, "-m", "experiments.cli", "fit"]
+    assert asked == [
+        [*start, "--config", "a.yaml", "--seed_everything=0", "--runs", str(tmp_path)],
+        [*start, "--resume", str(tmp_path / "version_0")],
+    ]
 
 
 def test_a_metric_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
