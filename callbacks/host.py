@@ -1,10 +1,11 @@
 """What the host does beside the steps, which neither wait for it nor it for them."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
+from torch import Tensor
 
 
 def log_number(method: LightningModule, name: str, value: float) -> None:
@@ -14,6 +15,20 @@ def log_number(method: LightningModule, name: str, value: float) -> None:
     GPU is waited for both times, and a TPU compiles another graph for steps that log other numbers.
     """
     method.log(name, torch.tensor(value), batch_size=1)
+
+
+def log_mean(method: LightningModule, name: str, value: Tensor, count: int) -> None:
+    """Log a value of a batch at a step: at log points the mean over all devices.
+
+    `sync_dist` of `self.log` would let devices wait for one another at every batch.
+
+    Args:
+        count: images or texts in the batch.
+    """
+    value, trainer = value.detach(), method.trainer
+    if trainer.world_size > 1 and trainer._logger_connector.should_update_logs:
+        value = cast(Tensor, trainer.strategy.reduce(value, reduce_op="mean"))
+    method.log(name, value, batch_size=count)
 
 
 def finish(device: torch.device) -> None:
@@ -42,7 +57,8 @@ class Progress(RichProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer._logger_connector.should_update_logs:
-            self.loss = float(outputs["loss"])
+            # Not that of `outputs`: it is a part of the step's where batches are accumulated.
+            self.loss = float(trainer.callback_metrics["train/loss"])
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:

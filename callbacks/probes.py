@@ -9,6 +9,7 @@ from jaxtyping import Float
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from callbacks.host import log_mean
 from callbacks.standardize import Standardize
 from callbacks.tally import Tally
 
@@ -108,8 +109,7 @@ class OnlineProbe(Callback):
                 parameter.grad = trainer.strategy.reduce(parameter.grad, reduce_op="mean")
             self.optimizer.step()
             self.optimizer.zero_grad()
-        count = batch.num_images
-        pl_module.log("train/probe_loss", loss, batch_size=count, sync_dist=True)
+        log_mean(pl_module, "train/probe_loss", loss, batch.num_images)
 
     def gradients(
         self, trainer: Trainer, embedding: Float[Tensor, "b d"], batch: Any

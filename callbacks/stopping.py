@@ -25,7 +25,8 @@ class Stopping(Callback):
         self.is_asked = self.is_joint = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.is_asked, self.is_joint = False, stage == "fit" and trainer.world_size > 1
+        several = trainer.world_size > 1 or trainer.accumulate_grad_batches > 1
+        self.is_asked, self.is_joint = False, stage == "fit" and several
         if self.is_joint:  # before Lightning's handler is set
             connector: Any = trainer._signal_connector
             connector._sigterm_notifier_fn = self.note
@@ -36,7 +37,7 @@ class Stopping(Callback):
         self.is_asked = True
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        every = max(1, EVERY // trainer.accumulate_grad_batches)
+        every = max(1, EVERY // trainer.accumulate_grad_batches) if trainer.world_size > 1 else 1
         if not self.is_joint or trainer.fit_loop._should_accumulate():
             return
         if trainer.global_step % every == 0 and trainer.strategy.reduce_boolean_decision(

@@ -84,7 +84,8 @@ class Files:
     def __init__(self, root: str, cache: str | None, capacity: int) -> None:
         self.root, self.capacity = root.rstrip("/"), capacity
         self.is_remote = is_url(root)
-        self.cache = Path(cache) if cache else cache_directory("shards")
+        # A directory of our own: what lies in it is removed to make room.
+        self.cache = Path(cache) / "patchlight-shards" if cache else cache_directory("shards")
 
     def where(self, name: str) -> str:
         return f"{self.root}/{name}"
@@ -212,6 +213,8 @@ def copy(source: Readable, target: Path, file: Stored) -> None:
                 while rest:  # a disk that is almost full takes less
                     rest = rest[out.write(rest) :]
         out.truncate()
+        with using(target.parent, FIX):
+            os.fsync(out.fileno())  # of a file that is there only the size is looked at
     if count != file.size:
         more = "more than " if count > file.size else ""
         raise OSError(f"{more}{min(count, file.size):,} of {file.size:,} bytes came")

@@ -105,7 +105,8 @@ class PlacedDataModule(LightningDataModule):
             if before != now:
                 raise ValueError(
                     f"{name}: {before} in the run that is resumed, now {now}, so its place in the "
-                    f"data is lost; resume it as it was, or start a new run"
+                    f"data is lost; resume it with the devices and the batch size of before, or "
+                    f"others whose product is the same, or start a new run"
                 )
         self.order = order
 

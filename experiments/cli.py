@@ -53,6 +53,7 @@ from callbacks.seeding import StepSeed
 from callbacks.stopping import Stopping
 from callbacks.throughput import Throughput
 from datamodules.check import main as check_data
+from datamodules.disk import write_whole
 from experiments.backbones import backbones
 from experiments.checkpoints import export, inspect
 from experiments.compare import compare
@@ -116,6 +117,9 @@ def versions() -> str:
 class RunRecord(SaveConfigCallback):
     """Writes the resolved `config.yaml` and `versions.txt` into the run directory.
 
+    When training starts, so that a run that is refused leaves the config of before as it was; each
+    is there whole or not at all.
+
     Args:
         resumed: the checkpoint is the run's own, so the config does not name it: whoever uses
             the config again starts anew.
@@ -129,11 +133,19 @@ class RunRecord(SaveConfigCallback):
             config["ckpt_path"] = None
         super().__init__(parser, config, overwrite=True, **kwargs)
 
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # Only rank 0 comes here, so not `trainer.log_dir`, which all ranks have to ask for.
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Nothing yet."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        # Not `trainer.log_dir`, which all ranks have to ask for.
         log_dir = trainer.loggers[0].log_dir if trainer.loggers else None
-        path = Path(log_dir or trainer.default_root_dir) / "versions.txt"
-        path.write_text(versions(), encoding="utf-8")
+        directory = Path(log_dir or trainer.default_root_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        config = self.parser.dump(self.config, skip_unset=False)
+        for name, content in (("config.yaml", config), ("versions.txt", versions())):
+            write_whole(directory / name, content.encode())
 
 
 def recipe_name(configs: Any) -> str:

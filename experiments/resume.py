@@ -108,7 +108,7 @@ def check_same(parser: LightningArgumentParser, start: Start) -> None:
         return
     config = str(start.run / "config.yaml")
     both = [resolved(parser, given) for given in (["--config", config], start.asked[1:])]
-    typed = typed_names(start.arguments[1:] if start.is_resumed else [])
+    typed = typed_names(start.arguments[1:])
     found = differences(both)
     for key in sorted(found, key=lambda key: not key.startswith(("model.", "data."))):
         begun, asked = found[key]

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from callbacks.collapse import Collapse
 from callbacks.ema import EMA, Average
-from callbacks.host import log_number
+from callbacks.host import log_mean, log_number
 from datamodules.batch import ImageBatch, Images, MultiCropBatch, PackedBatch
 from datamodules.module import SourceDataModule
 from datamodules.views import NUM_GLOBAL
@@ -216,7 +216,7 @@ class DINO(LightningModule):
         targets = self.targets(taught.bottlenecks)
         given = (self.student.head.prototypes, targets, self.student_temperature)
         loss = batch.mean(view_loss(seen.bottlenecks, *given))
-        self.log("train/loss", loss, batch_size=batch.num_images, sync_dist=True)
+        log_mean(self, "train/loss", loss, batch.num_images)
         out: dict[str, Any] = {"loss": loss, "embedding": taught.features[0]}
         # A TPU would compile another graph for log points, of all the step.
         if self.trainer._logger_connector.should_update_logs or loss.device.type == "xla":
@@ -225,11 +225,11 @@ class DINO(LightningModule):
         if self.koleo > 0:
             views = seen.features[: len(taught.features)]
             spread = torch.stack([koleo(view) for view in views]).sum()
-            self.log("train/koleo", spread, batch_size=batch.num_images, sync_dist=True)
+            log_mean(self, "train/koleo", spread, batch.num_images)
             out["loss"] = loss + self.koleo * spread
         if hidden is not None and self.masked_patches is not None:
             guessed = batch.mean(self.guess(seen.patches, taught.patches, hidden))
-            self.log("train/masked_patches", guessed, batch_size=batch.num_images, sync_dist=True)
+            log_mean(self, "train/masked_patches", guessed, batch.num_images)
             out["loss"] = out["loss"] + self.masked_patches.weight * guessed
         return out
 

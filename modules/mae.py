@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from callbacks.host import log_number
+from callbacks.host import log_mean, log_number
 from callbacks.tally import Tally
 from datamodules.batch import ImageBatch, Images, MultiCropBatch, PackedBatch, PackedImages
 from datamodules.module import Needs, SourceDataModule
@@ -287,7 +287,7 @@ class MAE(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         losses, features = self.losses(batch)
         loss = batch.mean(losses)
-        self.log("train/loss", loss, batch_size=batch.num_images, sync_dist=True)
+        log_mean(self, "train/loss", loss, batch.num_images)
         return {"loss": loss, "embedding": features.pooled.detach()}
 
     def losses(self, batch: Batch) -> tuple[Float[Tensor, " b"], Features]:

@@ -32,7 +32,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 
 from callbacks.ema import EMA, Average
-from callbacks.host import log_number
+from callbacks.host import log_mean, log_number
 from datamodules.batch import ImageBatch, Images, MultiCropBatch, PackedBatch
 from datamodules.module import SourceDataModule
 from modules import optim
@@ -225,7 +225,7 @@ class MoCo(LightningModule):
         _, queries = self.student(batch.crops[0])
         first = self.trainer.global_rank * batch.num_images
         loss = batch.mean(contrast(queries, self.of_all(keys), self.temperature, first))
-        self.log("train/loss", loss, batch_size=batch.num_images, sync_dist=True)
+        log_mean(self, "train/loss", loss, batch.num_images)
         return {"loss": loss, "embedding": features[0]}
 
     def of_all(self, keys: Float[Tensor, "2 b e"]) -> Float[Tensor, "2 all e"]:

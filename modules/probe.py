@@ -30,7 +30,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from callbacks.host import log_number
+from callbacks.host import log_mean, log_number
 from callbacks.standardize import Reduce, Standardize
 from callbacks.tally import Tally
 from datamodules.batch import ImageBatch, Images, PackedBatch
@@ -205,8 +205,7 @@ class LinearProbe(LightningModule):
         targets = soft_targets(batch, self.num_classes, smoothing=0.0)
         logits = self.probe(batch.images, batch.is_valid, self.total)
         losses = torch.stack([batch.mean(soft_cross_entropy(one, targets)) for one in logits])
-        count = batch.num_images
-        self.log("train/loss", losses.mean(), batch_size=count, sync_dist=True)
+        log_mean(self, "train/loss", losses.mean(), batch.num_images)
         return losses.sum()
 
     def total(self, x: Tensor) -> Tensor:

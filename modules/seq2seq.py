@@ -41,7 +41,7 @@ from jaxtyping import Bool, Float, Int
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from callbacks.host import log_number
+from callbacks.host import log_mean, log_number
 from datamodules.augment import TEACH, uniforms
 from datamodules.batch import TextBatch
 from datamodules.vocabulary import Codec
@@ -233,7 +233,7 @@ class Seq2Seq(LightningModule):
         share = self.share()
         logits = self(batch) if share == 1.0 else self.reinjected(batch, share)
         loss = text_losses(logits, batch.wanted, is_counted, self.label_smoothing).mean()
-        self.log("train/loss", loss, batch_size=batch.num_pairs, sync_dist=True)
+        log_mean(self, "train/loss", loss, batch.num_pairs)
         return {"loss": loss}
 
     def share(self) -> float:

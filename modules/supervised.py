@@ -27,7 +27,7 @@ from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 
 from callbacks.ema import EMA, Average
-from callbacks.host import log_number
+from callbacks.host import log_mean, log_number
 from callbacks.tally import Tally
 from datamodules.batch import ImageBatch, Images, PackedBatch
 from datamodules.module import SourceDataModule
@@ -253,7 +253,7 @@ class Supervised(LightningModule):
             logits = logits if dist is None else (logits + dist) / 2
             losses = loss_per_image(self.loss, logits, targets)
         loss = batch.mean(losses)
-        self.log("train/loss", loss, batch_size=batch.num_images, sync_dist=True)
+        log_mean(self, "train/loss", loss, batch.num_images)
         return {"loss": loss, "embedding": features.pooled.detach()}
 
     def validation_step(self, batch: ImageBatch | PackedBatch, batch_idx: int) -> None:

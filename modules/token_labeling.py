@@ -29,7 +29,7 @@ from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 
 from callbacks.ema import EMA, Average
-from callbacks.host import log_number
+from callbacks.host import log_mean, log_number
 from callbacks.tally import Tally
 from datamodules.augment import TOKENS, edges, inside, uniforms
 from datamodules.batch import ImageBatch, TokenLabelBatch
@@ -295,8 +295,7 @@ class TokenLabeling(LightningModule):
     def log_mean(
         self, name: str, batch: TokenLabelBatch | ImageBatch, losses: Float[Tensor, " b"]
     ) -> None:
-        loss = batch.mean(losses.detach())
-        self.log(name, loss, batch_size=batch.num_images, sync_dist=True)
+        log_mean(self, name, batch.mean(losses), batch.num_images)
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
         networks = ((self.tally, self.classifier), (self.averaged_tally, self.averaged))

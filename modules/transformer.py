@@ -30,7 +30,7 @@ from jaxtyping import Float
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from callbacks.host import log_number
+from callbacks.host import log_mean, log_number
 from datamodules.batch import TextBatch
 from datamodules.vocabulary import Codec
 from modules import optim
@@ -163,7 +163,7 @@ class Transformer(LightningModule):
         logits = self(batch)
         losses = text_losses(logits, batch.wanted, batch.is_wanted, self.label_smoothing)
         loss = losses.mean()
-        self.log("train/loss", loss, batch_size=batch.num_pairs, sync_dist=True)
+        log_mean(self, "train/loss", loss, batch.num_pairs)
         return {"loss": loss}
 
     def validation_step(self, batch: TextBatch, batch_idx: int) -> None:

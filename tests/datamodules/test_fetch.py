@@ -128,7 +128,7 @@ def test_what_a_server_never_gives_is_named(
         assert f"in {tries} tries: " in str(error.value)
         assert says in str(error.value)
         assert len(asked) == tries or fault == "/a.tar"  # one try follows many redirections
-    assert not list((tmp_path / "cache").glob("*.*"))
+    assert not list((tmp_path / "cache").rglob("*.*"))
 
 
 def test_other_kinds_of_url_go_by_fsspec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,12 +154,29 @@ def test_other_kinds_of_url_go_by_fsspec(tmp_path: Path, monkeypatch: pytest.Mon
 # The cache.
 
 
+def test_room_is_made_of_our_own_files_only(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    thesis = cache / "thesis.tar"
+    cache.mkdir()
+    thesis.write_bytes(bytes(100))
+    os.utime(thesis, (0, 0))
+    names = ("a.tar", "b.tar")
+    stored = [put(tmp_path / "data", name, name.encode() * 20) for name in names]
+    files = files_at(f"file://{tmp_path / 'data'}", cache, capacity=150)
+    for file in stored:
+        files.open(file)
+    assert len(list(cache.rglob("*.tar"))) == 2  # b.tar, for which a.tar made room, and the thesis
+    assert thesis.stat().st_size == 100
+
+
 def test_a_cache_that_is_none_is_told_with_what_to_do(tmp_path: Path) -> None:
     file = put(tmp_path / "data")
     (tmp_path / "notes.txt").write_text("mine")
     file_as_cache = tmp_path / "notes.txt"
     for cache in (file_as_cache, file_as_cache / "deeper", Path("/proc/nowhere")):
-        with pytest.raises(ValueError, match=rf"{cache} cannot be used \(.*source_args\.cache"):
+        with pytest.raises(
+            ValueError, match=rf"{cache}/patchlight-shards cannot be used \(.*source_args\.cache"
+        ):
             files_at(f"file://{tmp_path / 'data'}", cache).open(file)
 
 
@@ -197,10 +214,10 @@ def test_what_cannot_be_written_is_told_and_asked_for_once(
         files = files_at(url, cache)
         with monkeypatch.context() as patch:
             patch.setattr(Path, "open", opened)
-            with pytest.raises(ValueError, match=rf"cache {cache} cannot be used .*{says}"):
+            with pytest.raises(ValueError, match=rf"cache {cache}/\S+ cannot be used .*{says}"):
                 files.open(file)
         assert len(asked) == 1
-        assert not list(cache.glob("*.*"))
+        assert not list(cache.rglob("*.*"))
         assert content_of(files, file) == CONTENT
 
 
@@ -223,7 +240,9 @@ def test_a_cache_that_was_removed_meanwhile_is_filled_again(
         shutil.rmtree(cache)
         with monkeypatch.context() as patch:
             patch.setattr(fetch, "copy", removed)  # while a file is fetched
-            with pytest.raises(ValueError, match=rf"cache {cache} cannot be used .*No such file"):
+            with pytest.raises(
+                ValueError, match=rf"cache {cache}/\S+ cannot be used .*No such file"
+            ):
                 files.open(file)
         assert content_of(files, file) == CONTENT
 
