@@ -87,7 +87,7 @@ def plan(arguments: Sequence[str]) -> int:
         f"{images:,} images. Memory: {memory.weights / GIB:.2f} GiB of weights, "
         f"{memory.training / GIB:.2f} GiB of gradients and optimizer"
         f"{shared if recipe.is_sharded else ''}, and "
-        f"{an_image / 2**20:.1f} MiB an image that the backbone keeps for backward "
+        f"{an_image / 2**20:.1f} MiB an image that backbone and decoder keep for backward "
         f"({'16' if recipe.is_half else '32'} bits where autocast says so); heads, losses and what "
         f"the allocator wastes come on top."
     )

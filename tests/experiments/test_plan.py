@@ -22,6 +22,7 @@ from experiments.memory import Memory, activations, bytes_kept, memory_of
 from experiments.plan import length, plan, read, table
 from modules import optim
 from modules.backbones import Swin, ViT
+from modules.mae import Autoencoder
 from modules.networks import AroundBackbone
 from modules.sharding import spread
 from tests import small
@@ -81,6 +82,30 @@ def test_activations_are_those_of_a_real_step(kind: Any, recompute: bool) -> Non
         peaks.append(tracker.get_tracker_snapshot("peak")[images.device]["Total"])
         planned.append(bytes_kept(backbone, [images], False) - images.nbytes)
     assert planned[1] - planned[0] == pytest.approx(peaks[1] - peaks[0], rel=0.2)
+
+
+@pytest.mark.parametrize("recompute", ["false", "true"])
+def test_activations_of_mae_are_those_of_visible_patches_and_decoder(recompute: str) -> None:
+    published = ["--config", str(EXPERIMENTS / "mae" / "vit_b16.yaml")]
+    toy = ["variant=mu", "image_size=64", "patch_size=4", f"recompute={recompute}"]
+    given = [f"--model.init_args.backbone.init_args.{option}" for option in toy]
+    given += [f"--model.init_args.decoder_{option}" for option in ("dim=64", "depth=3")]
+    given += ["--data.init_args.image_size=64"]
+    with torch.device("meta"):
+        recipe = read([*published, *given])
+    planned = activations(recipe.method, recipe.data, False)
+    network = read([*published, *given]).method.autoencoder
+    assert isinstance(network, Autoencoder)
+    peaks = []
+    for count in (2, 4):
+        images, tracker = torch.randn(count, 3, 64, 64), MemTracker()
+        mask = network.mask(images, torch.arange(count))
+        tracker.track_external(network)
+        with tracker:
+            network(images, mask)[0].sum().backward()
+        network.zero_grad()
+        peaks.append(tracker.get_tracker_snapshot("peak")[images.device]["Total"])
+    assert planned == pytest.approx((peaks[1] - peaks[0]) / 2, rel=0.2)
 
 
 @pytest.mark.parametrize(
