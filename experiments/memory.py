@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from datamodules.multicrop import MultiCropDataModule
 from datamodules.one_size import OneSizeDataModule
 from modules.backbones import Backbone, resampling
+from modules.mae import Autoencoder
 from modules.networks import AroundBackbone
 from modules.optim import Optimization
 from modules.sharding import units
@@ -82,13 +83,15 @@ def weights_and_gradients(module: nn.Module) -> tuple[int, int]:
 def activations(method: LightningModule, data: OneSizeDataModule, is_half: bool) -> float:
     """Bytes of one image that its backbone keeps for backward, over all views.
 
-    What two images keep more than one: tables and weights are kept once.
+    Of MAE those of the patches that the encoder sees, of the decoder and of the loss. What two
+    images keep more than one: tables and weights are kept once.
     """
-    backbones = (m for m in method.modules() if isinstance(m, Backbone))
-    trained = next((b for b in backbones if any(p.requires_grad for p in b.parameters())), None)
+    networks = (m for m in method.modules() if isinstance(m, Autoencoder | Backbone))
+    trained = next((n for n in networks if any(p.requires_grad for p in n.parameters())), None)
     if trained is None:
         return 0.0
-    side = data.image_size or trained.image_size
+    backbone = backbone_of(trained)
+    side = data.image_size or backbone.image_size
     if side is None:
         raise ValueError("data.init_args.image_size is null, and the backbone takes any; set it")
     views = [(1, side)]
@@ -101,7 +104,7 @@ def activations(method: LightningModule, data: OneSizeDataModule, is_half: bool)
         trained.to_empty(device="cpu")
         for images in (1, 2):
             groups = [
-                torch.zeros(count * images, trained.in_channels, *size)
+                torch.zeros(count * images, backbone.in_channels, *size)
                 for count, size in views
                 if count
             ]
@@ -122,21 +125,29 @@ def kept_apart() -> Iterator[None]:
             cache.cache_clear()
 
 
-def bytes_kept(backbone: nn.Module, groups: list[Tensor], is_half: bool) -> int:
+def backbone_of(network: Autoencoder | Backbone) -> Backbone:
+    return network.backbone if isinstance(network, Autoencoder) else network
+
+
+def bytes_kept(network: Autoencoder | Backbone, groups: list[Tensor], is_half: bool) -> int:
     """Bytes of distinct tensors that a forward pass in training saves for its backward pass.
 
     Where blocks are computed again in it, those that the largest one saves then come on top.
     """
-    backbone.train()
+    network.train()
     calls: list[tuple[Any, ...]] = []
+    backbone = backbone_of(network)
     again = units(backbone) if getattr(backbone, "recompute", False) else []
     hooks = [
         block.register_forward_pre_hook(lambda *call: calls.append(call), with_kwargs=True)
         for block in again
     ]
+    inputs: list[Any] = [groups if len(groups) > 1 else groups[0]]
+    if isinstance(network, Autoencoder):
+        inputs.append(network.mask(inputs[0], torch.arange(len(inputs[0]))))
     half = torch.autocast("cpu", torch.bfloat16) if is_half else contextlib.nullcontext()
     with half:
-        kept = sum(saved(backbone, groups if len(groups) > 1 else groups[0]).values())
+        kept = sum(saved(network, *inputs).values())
         for hook in hooks:
             hook.remove()
         return kept + max((computed_again(*call) for call in calls), default=0)

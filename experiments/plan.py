@@ -21,14 +21,16 @@ from rich.table import Table
 
 from callbacks.checkpoint import Checkpoint
 from datamodules.one_size import OneSizeDataModule
+from datamodules.packed import PackedDataModule
 from datamodules.placed import limited
-from datamodules.sampling import Groups, TrainBatches
+from datamodules.sampling import Groups, TrainBatches, run_seed
 from datamodules.sources import Grouped
 from experiments.memory import Memory, activations, memory_of
 from modules.optim import Optimization, peak
 
 DEVICES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 GIB = 2**30
+OTHER = "name a recipe that trains on images of one size"
 
 
 class Recipe(NamedTuple):
@@ -87,7 +89,7 @@ def plan(arguments: Sequence[str]) -> int:
         f"{images:,} images. Memory: {memory.weights / GIB:.2f} GiB of weights, "
         f"{memory.training / GIB:.2f} GiB of gradients and optimizer"
         f"{shared if recipe.is_sharded else ''}, and "
-        f"{an_image / 2**20:.1f} MiB an image that the backbone keeps for backward "
+        f"{an_image / 2**20:.1f} MiB an image that backbone and decoder keep for backward "
         f"({'16' if recipe.is_half else '32'} bits where autocast says so); heads, losses and what "
         f"the allocator wastes come on top."
     )
@@ -108,15 +110,16 @@ def read(arguments: Sequence[str]) -> Recipe:
     """Build what a recipe names; nothing is trained, opened or downloaded.
 
     Raises:
-        ValueError: packs, whose batches have no fixed number of images; no batches at all.
+        ValueError: packs, whose batches have no fixed number of images; texts; no batches at all.
     """
     from experiments.cli import BASE  # which knows this verb
 
     parser = LightningArgumentParser(default_config_files=[str(BASE)])
     parser.add_argument("--config", "-c", action="config")
-    parser.add_argument("--seed_everything", type=int, default=0)
+    parser.add_argument("--seed_everything", type=bool | int, default=0)
     parser.add_argument("--runs", default="runs")
     parser.add_argument("--compile", type=bool, default=False)
+    parser.add_argument("--ckpt_path")  # a run's config has it; weights have no part in a plan
     parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
     parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
     parser.add_class_arguments(Trainer, "trainer", instantiate=False)
@@ -127,9 +130,11 @@ def read(arguments: Sequence[str]) -> Recipe:
     trainer.callbacks, trainer.plugins, config.checkpoint.monitor = None, None, None
     built = parser.instantiate(config)
     if not isinstance(built.data, OneSizeDataModule):
+        is_packed = isinstance(built.data, PackedDataModule)
         raise ValueError(
             f"a plan needs batches of a fixed number of images, and {type(built.data).__name__} "
-            f"has none; how many images fill a pack, its run logs as it begins"
+            f"has none; "
+            + ("how many images fill a pack, its run logs as it begins" if is_packed else OTHER)
         )
     if trainer.limit_train_batches == 0:
         raise ValueError("trainer.limit_train_batches is 0, so there is nothing to plan; remove it")
@@ -143,7 +148,7 @@ def read(arguments: Sequence[str]) -> Recipe:
         max_steps=int(trainer.max_steps),
         limit=1.0 if trainer.limit_train_batches is None else trainer.limit_train_batches,
         is_half=str(trainer.precision or "").startswith(("16", "bf16")),
-        seed=int(config.seed_everything or 0),
+        seed=run_seed() if isinstance(config.seed_everything, bool) else config.seed_everything,
         machines=int(trainer.num_nodes or 1),
         is_sharded=is_sharded,
     )
@@ -208,5 +213,6 @@ def shards(
         )
         first = next(batches.batches(epoch, 0))
         shown = ", ".join(str(sample.item) for sample in first[:8])
-        rows.add_row(str(rank), f"{len(batches) * recipe.data.batch_size:,}", f"{shown}, ...")
+        taken = limited(len(batches), recipe.limit) * recipe.data.batch_size
+        rows.add_row(str(rank), f"{taken:,}", f"{shown}, ...")
     return rows

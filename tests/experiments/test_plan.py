@@ -18,10 +18,12 @@ from datamodules.convert import convert
 from datamodules.sampling import EvalBatches, TrainBatches, grouped_order
 from datamodules.shards import Shards
 from datamodules.sources import open_source
+from experiments.cli import PatchlightCLI
 from experiments.memory import Memory, activations, bytes_kept, memory_of
 from experiments.plan import length, plan, read, table
 from modules import optim
 from modules.backbones import Swin, ViT
+from modules.mae import Autoencoder
 from modules.networks import AroundBackbone
 from modules.sharding import spread
 from tests import small
@@ -81,6 +83,30 @@ def test_activations_are_those_of_a_real_step(kind: Any, recompute: bool) -> Non
         peaks.append(tracker.get_tracker_snapshot("peak")[images.device]["Total"])
         planned.append(bytes_kept(backbone, [images], False) - images.nbytes)
     assert planned[1] - planned[0] == pytest.approx(peaks[1] - peaks[0], rel=0.2)
+
+
+@pytest.mark.parametrize("recompute", ["false", "true"])
+def test_activations_of_mae_are_those_of_visible_patches_and_decoder(recompute: str) -> None:
+    published = ["--config", str(EXPERIMENTS / "mae" / "vit_b16.yaml")]
+    toy = ["variant=mu", "image_size=64", "patch_size=4", f"recompute={recompute}"]
+    given = [f"--model.init_args.backbone.init_args.{option}" for option in toy]
+    given += [f"--model.init_args.decoder_{option}" for option in ("dim=64", "depth=3")]
+    given += ["--data.init_args.image_size=64"]
+    with torch.device("meta"):
+        recipe = read([*published, *given])
+    planned = activations(recipe.method, recipe.data, False)
+    network = read([*published, *given]).method.autoencoder
+    assert isinstance(network, Autoencoder)
+    peaks = []
+    for count in (2, 4):
+        images, tracker = torch.randn(count, 3, 64, 64), MemTracker()
+        mask = network.mask(images, torch.arange(count))
+        tracker.track_external(network)
+        with tracker:
+            network(images, mask)[0].sum().backward()
+        network.zero_grad()
+        peaks.append(tracker.get_tracker_snapshot("peak")[images.device]["Total"])
+    assert planned == pytest.approx((peaks[1] - peaks[0]) / 2, rel=0.2)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +188,41 @@ def test_shards_are_those_of_the_sampler(capsys: pytest.CaptureFixture[str]) -> 
         assert f"│ {rank} │ 332 │ {first}" in out
 
 
+def test_shards_end_where_the_epoch_of_a_run_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--images=1000", "--data.init_args.batch_size=4", "--shards=2"]
+    for limit, images in (("3", 12), ("0.5", 248), ("null", 500)):
+        assert plan([*RECIPE, *given, f"--trainer.limit_train_batches={limit}"]) == 0
+        assert f"│ 1 │ {images} │" in " ".join(capsys.readouterr().out.replace("  ", " ").split())
+
+
+def test_the_config_of_a_run_is_a_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # which the command sets
+    recipe = EXPERIMENTS / "quickstart" / "supervised.yaml"
+    monkeypatch.setattr("sys.argv", ["patchlight", "fit", "--config", str(recipe)])
+    monkeypatch.setattr(PatchlightCLI, "instantiate_classes", lambda cli: None)
+    monkeypatch.setattr(PatchlightCLI, "_run_subcommand", lambda *_: None)
+    cli = PatchlightCLI()
+    config = cli._parser("fit").dump(cli.config["fit"], skip_none=False)
+    assert "ckpt_path: null" in config
+    (tmp_path / "config.yaml").write_text(config)
+    printed = []
+    for path in (recipe, "config.yaml"):
+        assert plan(["--config", str(path), "--devices", "1,2"]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+
+
+def test_the_seed_may_be_left_to_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "5")
+    given = [f"--seed_everything={seed}" for seed in ("true", "false", "3")]
+    with torch.device("meta"):
+        seeds = [read([*RECIPE, seed]).seed for seed in given]
+    assert seeds == [5, 5, 3]
+
+
 def test_shards_of_a_source_that_lies_in_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -207,8 +268,11 @@ def test_shards_are_disjoint_and_leave_nothing_out(
 
 def test_packs_and_nonsense_are_refused() -> None:
     packed = ["--config", str(EXPERIMENTS / "quickstart" / "navit.yaml")]
-    with pytest.raises(ValueError, match="PackedDataModule has none"):
+    with pytest.raises(ValueError, match="PackedDataModule has none; how many images fill a"):
         plan([*packed, "--images", "100"])
+    texts = ["--config", str(EXPERIMENTS / "sequence" / "transformer" / "base.yaml")]
+    with pytest.raises(ValueError, match="TextDataModule has none; name a recipe that"):
+        plan([*texts, "--images", "100"])
     with pytest.raises(ValueError, match="'many' is no number of devices"):
         plan([*RECIPE, "--devices", "1,many"])
     for count in ("0", "-5"):
