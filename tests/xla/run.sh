@@ -11,7 +11,9 @@ if [ ! -x "$place/bin/python" ]; then
     python3 -m venv "$place"
     "$place/bin/pip" install -q "torch==2.9.*" "torch_xla==2.9.*" torchvision -e .
 fi
-# Without fusion, by which XLA's compiler for CPUs takes longer than anyone waits for the colours of
-# several views: they read the same pixels again and again, and it copies the way there every time.
-XLA_FLAGS="--xla_disable_hlo_passes=fusion ${XLA_FLAGS:-}" PJRT_DEVICE=CPU PYTHONPATH=. OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} \
+# XLA's compiler for CPUs optimises nothing here, or it takes minutes for the graph of a step. And
+# without fusion, which copies the way to a pixel every time that another operation reads it.
+quick="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+XLA_FLAGS="--xla_disable_hlo_passes=fusion $quick ${XLA_FLAGS:-}" PJRT_DEVICE=CPU PYTHONPATH=. \
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} \
     "$place/bin/python" -m tests.xla.agree "$@"
