@@ -202,8 +202,8 @@ class PatchlightCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         # On a GPU that has bfloat16 the usual precision, unless one is named.
         trainer = self._get(self.config, "trainer")
-        if trainer.precision is None and trainer.accelerator in ("auto", "gpu", "cuda"):
-            trainer.precision = "bf16-mixed" if has_bfloat16() else None
+        if trainer.precision is None and has_bfloat16():
+            trainer.precision = usual_precision(trainer.accelerator)
 
     def _parse_ckpt_path(self) -> None:
         # LightningCLI would let the checkpoint override the config; here the config decides.
@@ -294,6 +294,11 @@ def announce_end(trainer: Trainer) -> None:
         )
     root = next((p for p in run.parents if p.name == "runs"), run)
     print_once(" | ".join([*parts, f"run in {run}", f"look: tensorboard --logdir {root}"]))
+
+
+def usual_precision(accelerator: Any) -> str | None:
+    """What a run takes where no precision is named and there is a GPU that has bfloat16."""
+    return "bf16-mixed" if accelerator in ("auto", "gpu", "cuda") else None
 
 
 def has_bfloat16() -> bool:

@@ -26,18 +26,26 @@ class Memory(NamedTuple):
     weights:  parameters and buffers of all networks, teachers too
     training: gradients, and what the optimizer keeps
     gathered: of sharded networks what is whole at a time
+    buckets:  in which DDP averages gradients of several devices, in float32
+    copies:   of trained weights in 16 bits, which autocast keeps from forward to backward
     """
 
     weights: int
     training: int
     gathered: int
+    buckets: int
+    copies: int
 
 
-def memory_of(method: LightningModule, is_sharded: bool = False, devices: int = 1) -> Memory:
+def memory_of(
+    method: LightningModule, is_sharded: bool = False, devices: int = 1, is_half: bool = False
+) -> Memory:
     """Of one device.
 
     Sharded networks are cut along the first axis of every tensor. What is no block is whole all the
     time, with its gradients; of blocks the one that computes, its gradients, and the next one.
+    Autocast's copies are whole, of sharded weights as well. A few weights that are never cast,
+    such as those of norms, are counted as if they were.
     """
     networks = [child for child in method.children() if isinstance(child, AroundBackbone)]
     spread = {p for network in networks for p in network.parameters() if is_sharded}
@@ -49,12 +57,15 @@ def memory_of(method: LightningModule, is_sharded: bool = False, devices: int = 
             numbers = numbers // rows * -(-rows // devices)
         return numbers * parameter.element_size()
 
-    trained = sum(own(p) // p.element_size() for p in method.parameters() if p.requires_grad)
+    trained_ones = [p for p in method.parameters() if p.requires_grad]
+    trained = sum(own(p) // p.element_size() for p in trained_ones)
     whole = [t for t in (*method.parameters(), *method.buffers()) if t not in spread]
     return Memory(
         weights=sum(map(own, spread)) + sum(t.numel() * t.element_size() for t in whole),
         training=trained * (4 + state_bytes(getattr(method, "optimization", Optimization()))),
         gathered=gathered(networks) if is_sharded else 0,
+        buckets=4 * trained if devices > 1 and not is_sharded else 0,
+        copies=2 * sum(p.numel() for p in trained_ones) if is_half else 0,
     )
 
 

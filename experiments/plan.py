@@ -41,7 +41,7 @@ class Recipe(NamedTuple):
     accumulate:  micro-batches in an optimizer step
     max_epochs, max_steps: -1 or None for no such limit
     limit:       `trainer.limit_train_batches`: batches of an epoch, or a share of them
-    is_half:     whether activations are kept in 16 bits
+    precision:   that of the run; where none is named, that of a GPU that has bfloat16
     seed:        of the run
     machines:    that `trainer.num_nodes` names
     is_sharded:  whether weights are spread over the devices
@@ -53,10 +53,15 @@ class Recipe(NamedTuple):
     max_epochs: int | None
     max_steps: int
     limit: float
-    is_half: bool
+    precision: str
     seed: int
     machines: int
     is_sharded: bool
+
+    @property
+    def is_half(self) -> bool:
+        """Whether activations are kept in 16 bits."""
+        return self.precision.startswith(("16", "bf16"))
 
 
 def plan(arguments: Sequence[str]) -> int:
@@ -81,19 +86,29 @@ def plan(arguments: Sequence[str]) -> int:
         groups = source.groups if isinstance(source, Grouped) else None
         console.print(shards(recipe, images, number(str(given.shards)), given.epoch, groups))
         return 0
-    memories = [memory_of(recipe.method, recipe.is_sharded, count) for count in devices]
-    an_image, memory = activations(recipe.method, recipe.data, recipe.is_half), memories[0]
+    how = (recipe.method, recipe.is_sharded)
+    memories = [memory_of(*how, count, recipe.is_half) for count in devices]
+    an_image = activations(recipe.method, recipe.data, recipe.is_half)
     console.print(table(recipe, images, devices, memories, an_image))
-    shared = f" on {devices[0]} devices, {memory.gathered / GIB:.2f} GiB gathered at a time"
-    console.print(
-        f"{images:,} images. Memory: {memory.weights / GIB:.2f} GiB of weights, "
-        f"{memory.training / GIB:.2f} GiB of gradients and optimizer"
-        f"{shared if recipe.is_sharded else ''}, and "
-        f"{an_image / 2**20:.1f} MiB an image that backbone and decoder keep for backward "
-        f"({'16' if recipe.is_half else '32'} bits where autocast says so); heads, losses and what "
-        f"the allocator wastes come on top."
-    )
+    console.print(f"{images:,} images. {told(recipe, devices[0], memories, an_image)}")
     return 0
+
+
+def told(recipe: Recipe, devices: int, memories: Sequence[Memory], an_image: float) -> str:
+    """What the memory of a device is made of, on the first of some numbers of devices."""
+    memory, buckets = memories[0], max(memory.buckets for memory in memories)
+    shared = ""
+    if recipe.is_sharded:
+        shared = f" on {devices} devices, {memory.gathered / GIB:.2f} GiB gathered at a time"
+    elif buckets:
+        shared = f", {buckets / GIB:.2f} GiB of buckets in which 2 or more devices average them"
+    copies = f", {memory.copies / GIB:.2f} GiB of their copies in 16 bits" if recipe.is_half else ""
+    return (
+        f"Memory in {recipe.precision}: {memory.weights / GIB:.2f} GiB of weights{copies}, "
+        f"{memory.training / GIB:.2f} GiB of gradients and optimizer{shared}, and "
+        f"{an_image / 2**20:.1f} MiB an image that backbone and decoder keep for backward; heads, "
+        f"losses and what the allocator wastes come on top."
+    )
 
 
 def number(text: str) -> int:
@@ -112,7 +127,7 @@ def read(arguments: Sequence[str]) -> Recipe:
     Raises:
         ValueError: packs, whose batches have no fixed number of images; texts; no batches at all.
     """
-    from experiments.cli import BASE  # which knows this verb
+    from experiments.cli import BASE, usual_precision  # which knows this verb
 
     parser = LightningArgumentParser(default_config_files=[str(BASE)])
     parser.add_argument("--config", "-c", action="config")
@@ -147,7 +162,7 @@ def read(arguments: Sequence[str]) -> Recipe:
         max_epochs=trainer.max_epochs,
         max_steps=int(trainer.max_steps),
         limit=1.0 if trainer.limit_train_batches is None else trainer.limit_train_batches,
-        is_half=str(trainer.precision or "").startswith(("16", "bf16")),
+        precision=str(trainer.precision or usual_precision(trainer.accelerator) or "32-true"),
         seed=run_seed() if isinstance(config.seed_everything, bool) else config.seed_everything,
         machines=int(trainer.num_nodes or 1),
         is_sharded=is_sharded,

@@ -12,6 +12,7 @@ from torch import distributed as dist
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from datamodules.convert import convert
@@ -19,7 +20,7 @@ from datamodules.sampling import EvalBatches, TrainBatches, grouped_order
 from datamodules.shards import Shards
 from datamodules.sources import open_source
 from experiments.cli import PatchlightCLI
-from experiments.memory import Memory, activations, bytes_kept, memory_of
+from experiments.memory import Memory, activations, bytes_kept, memory_of, saved
 from experiments.plan import length, plan, read, table
 from modules import optim
 from modules.backbones import Swin, ViT
@@ -126,6 +127,48 @@ def test_gradients_and_optimizer_are_those_of_a_real_step(how: dict[str, Any]) -
     assert memory_of(module).training == true
 
 
+def test_buckets_are_those_of_ddp() -> None:
+    module = small.method()
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        made = DistributedDataParallel(module)._get_ddp_logging_data()
+        true = sum(int(size) for size in made["bucket_sizes"].split(","))
+    finally:
+        dist.destroy_process_group()
+    assert [memory_of(module, False, count).buckets for count in (1, 2, 8)] == [0, true, true]
+    assert memory_of(module, True, 2).buckets == 0
+
+
+def test_copies_are_those_that_autocast_keeps() -> None:
+    module = small.method(backbone=ViT("Ti", patch_size=8, image_size=16, in_channels=1, depth=3))
+    backbone, kept = module.classifier.backbone, []
+    with torch.autocast("cpu", torch.bfloat16):
+        for count in (1, 2):
+            kept.append(sum(saved(backbone, torch.randn(count, 1, 16, 16)).values()))
+    once = 2 * kept[0] - kept[1]  # what does not grow with the images
+    assert memory_of(module, is_half=True).copies == pytest.approx(once, rel=0.05)
+    assert memory_of(module).copies == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "precision"),
+    [
+        ([], "bf16-mixed"),
+        (["--trainer.accelerator=cpu"], "32-true"),
+        (["--trainer.precision=16-mixed"], "16-mixed"),
+    ],
+)
+def test_the_precision_is_that_of_the_run(
+    given: list[str], precision: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit = ["--config", str(EXPERIMENTS / "quickstart" / "supervised.yaml")]
+    assert plan([*fit, *given, "--images=1000", "--devices=1,2"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"Memory in {precision}: " in out
+    assert ("copies in 16 bits" in out) == (precision != "32-true")
+    assert "of buckets in which 2 or more devices average them" in out
+
+
 def test_sharded_weights_are_those_of_a_device() -> None:
     with torch.device("meta"):
         recipe = read([*RECIPE, "--trainer.strategy=sharded"])
@@ -151,7 +194,7 @@ def test_an_epoch_may_be_shorter(limit: str, steps: int) -> None:
     with torch.device("meta"):
         recipe = read([*RECIPE, f"--trainer.limit_train_batches={limit}"])
     recipe.data.batch_size = 8
-    made = table(recipe, 1000, [1], [Memory(0, 0, 0)], 0.0)
+    made = table(recipe, 1000, [1], [Memory(0, 0, 0, 0, 0)], 0.0)
     cells = [next(iter(column.cells)) for column in made.columns]
     assert cells[3:6] == [str(steps), f"{100 * steps:,}", "100"]
 
@@ -205,7 +248,7 @@ def test_the_config_of_a_run_is_a_recipe(
     monkeypatch.setattr(PatchlightCLI, "instantiate_classes", lambda cli: None)
     monkeypatch.setattr(PatchlightCLI, "_run_subcommand", lambda *_: None)
     cli = PatchlightCLI()
-    config = cli._parser("fit").dump(cli.config["fit"], skip_none=False)
+    config = cli._parser("fit").dump(cli.config["fit"], skip_unset=False)
     assert "ckpt_path: null" in config
     (tmp_path / "config.yaml").write_text(config)
     printed = []
