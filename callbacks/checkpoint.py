@@ -15,12 +15,14 @@ import zipfile
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint as CheckpointBase
+from lightning.pytorch.loops.evaluation_loop import RestartStage
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -194,7 +196,9 @@ class Checkpoint(CheckpointBase):
     """Keeps `last.ckpt` current and `best.ckpt` the best.
 
     `last` is written every `every_n_steps` optimizer steps, at the end of every epoch, and when
-    the run is told to stop (SIGTERM). A run is evaluated at its end, whatever the interval.
+    the run is told to stop (SIGTERM). A run is evaluated at its end, whatever the interval. An
+    evaluation that was cut short, or left out by a run that was told to stop, is the first thing
+    that the resumed run does, so that it has the figures and the best of one that never stopped.
 
     Args:
         every_n_steps: optimizer steps from one `last.ckpt` to the next.
@@ -214,7 +218,8 @@ class Checkpoint(CheckpointBase):
         self.best: float | None = None
         self.best_step = 0
         self.saved_step = -1
-        self.validated_step = -1
+        self.validated_step: int | None = -1  # None: a checkpoint of before this was kept
+        self.is_owed = False  # the evaluation after the last step of the run that goes on
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         directory = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
@@ -222,6 +227,37 @@ class Checkpoint(CheckpointBase):
         if stage == "fit" and trainer.is_global_zero:
             for left in self.directory.glob(".*.ckpt.*.tmp"):  # by a process killed while writing
                 left.unlink(missing_ok=True)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loop: Any = trainer.fit_loop
+        loop.run = partial(self.run, trainer)  # no hook is called where no step is left
+
+    def run(self, trainer: Trainer) -> None:
+        """Lightning's loop over epochs, with the evaluation that a resumed run owes."""
+        loop: Any = trainer.fit_loop
+        is_resumed = loop.is_resuming and trainer.limit_train_batches != 0
+        self.is_owed = is_resumed and self.is_due(trainer)
+        batches = loop.epoch_loop.batch_progress
+        if self.is_owed and batches.current.completed < batches.current.processed:
+            batches.increment_completed()  # else the epoch that it ends would count as over
+        type(loop).run(loop)
+        is_over = is_resumed and loop.is_resuming  # no step was left
+        if is_over and self.validated_step != trainer.global_step and trainer.enable_validation:
+            loop.reset()
+            epochs = loop.epoch_progress.current
+            epochs.completed = epochs.processed  # its last.ckpt was written as one ended
+            loop.on_run_start()
+            loop.on_run_end()
+
+    def is_due(self, trainer: Trainer) -> bool:
+        """Whether an evaluation follows on the step of the checkpoint, and was not finished."""
+        loop: Any = trainer.fit_loop
+        loop.setup_data()  # decides on the interval
+        epochs = loop.epoch_progress.current
+        if epochs.processed > epochs.completed or self.validated_step is None:  # after an epoch
+            return False
+        is_done = self.validated_step == trainer.global_step
+        return not is_done and bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
 
     def save(self, trainer: Trainer, name: str) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -235,6 +271,11 @@ class Checkpoint(CheckpointBase):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.saved_step = trainer.global_step
+        if self.is_owed:  # Lightning evaluates before it trains where that had been begun
+            evaluation = trainer.fit_loop.epoch_loop.val_loop
+            evaluation._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
+            evaluation.restarting = False  # all batches
+            self.is_owed = False
         if trainer.ckpt_path is None or self.monitor is None:
             return
         # The evaluation at the end of a run comes after its last.ckpt, which does not know of it.
@@ -243,7 +284,7 @@ class Checkpoint(CheckpointBase):
         if fault:
             raise ValueError(f"{fault}; move it away to go on without the best so far")
         if kept.get("best") is not None and self.is_better(kept["best"]):
-            self.load_state_dict(kept)
+            self.best, self.best_step = kept["best"], kept["best_step"]
 
     def kept_with_best(self) -> tuple[dict[str, Any], str]:
         """This callback's state in best.ckpt, empty where there is none, or what is wrong there."""
@@ -299,8 +340,10 @@ class Checkpoint(CheckpointBase):
         # `max_steps`, or epochs that are not evaluated, can end a run between two evaluations; its
         # last weights are those that it is about.
         if self.validated_step != trainer.global_step and trainer.enable_validation:
+            evaluation = trainer.fit_loop.epoch_loop.val_loop
+            evaluation.restarting = False  # else it would count the batches of the one before
             trainer.validating = True
-            trainer.fit_loop.epoch_loop.val_loop.run()
+            evaluation.run()
             trainer.training = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -321,7 +364,9 @@ class Checkpoint(CheckpointBase):
                 rank_zero_warn(f"no checkpoint could be written on the way out: {error}")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "best_step": self.best_step}
+        kept = {"best": self.best, "best_step": self.best_step}
+        return {**kept, "validated_step": self.validated_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best, self.best_step = state_dict["best"], state_dict["best_step"]
+        self.validated_step = state_dict.get("validated_step")

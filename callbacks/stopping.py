@@ -17,8 +17,8 @@ class Stopping(Callback):
     broadcast in the midst of what it is doing, and look at a tensor of the device every step. Here
     a process takes note and goes on; every tenth step, or sooner where steps take several batches,
     all ask one another, which waits for the device as a log point does. The step is saved by
-    `Checkpoint`, and an evaluation that would follow is left to the resumed run. A process alone
-    stops at once, as Lightning has it.
+    `Checkpoint`, and an evaluation that would follow is left to the resumed run, which begins with
+    it. A process alone stops at once, as Lightning has it.
     """
 
     def __init__(self) -> None:

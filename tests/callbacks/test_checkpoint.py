@@ -11,6 +11,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import callbacks.checkpoint
 from callbacks.checkpoint import (
@@ -233,6 +234,96 @@ def test_the_best_of_the_last_evaluation_survives_resuming(tmp_path: Path) -> No
     resumed.setup = lambda *_, **__: setattr(resumed, "directory", directory)
     again.fit(small.method(), small.data(), ckpt_path=str(directory / "last.ckpt"))
     assert (resumed.best, resumed.best_step) == (kept.best, kept.best_step)
+
+
+class Evaluations(Callback):
+    """The figures of a run and where they are on its curves; it is killed in one evaluation."""
+
+    def __init__(self, dies_at: int = -1, error: type[BaseException] = Killed) -> None:
+        self.dies_at, self.error = dies_at, error
+        self.found: dict[int, dict[str, float]] = {}
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.dies_at:
+            raise self.error
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        figures = {name: value for name, value in figures.items() if name.startswith("val/")}
+        place = {"x": trainer.fit_loop.epoch_loop._batches_that_stepped}
+        assert trainer.global_step not in self.found
+        self.found[trainer.global_step] = figures | place | {"epoch": trainer.current_epoch}
+
+
+EVERY_EPOCH: dict[str, Any] = {"max_epochs": 2}
+WITHIN = {"max_epochs": 1, "val_check_interval": 2}
+ACROSS = {"max_epochs": 2, "check_val_every_n_epoch": None, "val_check_interval": 3}
+IN_PARTS = {"max_epochs": 2, "limit_train_batches": 6, "accumulate_grad_batches": 2}
+SELDOM = {"max_epochs": 1, "check_val_every_n_epoch": 5}
+BETWEEN = {"max_epochs": -1, "max_steps": 7}
+ON_AN_EPOCH = {"max_epochs": -1, "max_steps": 10}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cuts"),
+    [
+        pytest.param(EVERY_EPOCH, [5, 10], id="every epoch"),
+        pytest.param(WITHIN, [2], id="within an epoch"),
+        pytest.param(ACROSS, [6], id="across epochs"),
+        pytest.param(IN_PARTS, [3], id="steps of two batches"),
+        pytest.param(SELDOM, [5], id="after the last epoch"),
+        pytest.param(BETWEEN, [7], id="after the last step"),
+        pytest.param(ON_AN_EPOCH, [10], id="the last step ends an epoch"),
+    ],
+)
+def test_an_evaluation_that_was_cut_short_is_made_up(
+    tmp_path: Path, arguments: dict[str, Any], cuts: list[int]
+) -> None:
+    def run(name: str, seen: Evaluations, error: Any = (), **more: Any) -> tuple[dict, dict]:
+        checkpoint = Checkpoint(more.pop("every", 1), monitor="val/loss", mode="min")
+        checkpoint.setup = lambda *_, **__: setattr(checkpoint, "directory", tmp_path / name)  # type: ignore[method-assign]
+        trainer = small.trainer(tmp_path, seen, checkpoint=checkpoint, **arguments)
+        with pytest.raises(error) if error else contextlib.nullcontext():
+            trainer.fit(small.method(), small.data(), **more)
+        if error:
+            return {}, {}
+        best, last = (read_checkpoint(tmp_path / name / f"{n}.ckpt") for n in ("best", "last"))
+        return best, last
+
+    whole = Evaluations()
+    best, last = run("whole", whole)
+    # A process that is told to stop may have no last.ckpt of the step before it goes.
+    errors = [(Killed, 1), (SIGTERMException, 1000)][: 2 if arguments is EVERY_EPOCH else 1]
+    for step in cuts:
+        for error, every in errors:
+            name, cut, resumed = f"{step} {every}", Evaluations(step, error), Evaluations()
+            run(name, cut, error, every=every)
+            assert step not in cut.found
+            path = tmp_path / name / "last.ckpt"
+            assert read_checkpoint(path)["global_step"] == step
+            again, end = run(name, resumed, ckpt_path=str(path))
+            assert cut.found | resumed.found == whole.found
+            assert min(resumed.found) == step
+            assert again["global_step"] == best["global_step"]
+            for one, other in ((best, again), (last, end)):
+                for part in ("state_dict", "optimizer_states", "lr_schedulers"):
+                    assert differences(one[part], other[part]) == []
+
+
+def test_an_evaluation_of_an_older_checkpoint_is_not_made_up(tmp_path: Path) -> None:
+    """Whether it was finished is not known."""
+    first = small.trainer(tmp_path, Evaluations(5), max_epochs=2)
+    with pytest.raises(Killed):
+        first.fit(small.method(), small.data())
+    path = Path(first.log_dir or "") / "checkpoints" / "last.ckpt"
+    kept = torch.load(path)
+    del kept["callbacks"][first.checkpoint_callback.state_key]["validated_step"]
+    torch.save(kept, path)
+    resumed = Evaluations()
+    small.trainer(tmp_path, resumed, max_epochs=2).fit(
+        small.method(), small.data(), ckpt_path=str(path)
+    )
+    assert list(resumed.found) == [10]
 
 
 @pytest.mark.parametrize("is_global_zero", [True, False])
