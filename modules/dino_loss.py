@@ -239,6 +239,11 @@ def koleo(features: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
         return -torch.log((x - x[nearest]).norm(dim=-1) + 1e-8).mean()
 
 
+def entropy_of(shares: Float[Tensor, "*_"]) -> Float[Tensor, ""]:
+    """In nats. Not by `torch.special.entr`, which XLA does not have."""
+    return -torch.xlogy(shares, shares).sum()
+
+
 @torch.no_grad()
 def diagnose(
     loss: Float[Tensor, ""], targets: Targets, num_images: int, num_views: int, num_prototypes: int
@@ -253,13 +258,13 @@ def diagnose(
     total, mean = [], []
     for rows in chunks(num_images, images_at_once(num_views, num_prototypes)):
         q = targets(rows)
-        total.append(torch.special.entr(q).sum())
+        total.append(entropy_of(q))
         mean.append(q.sum(dim=(0, 1)))
         count = q.shape[0] * num_images
     entropy = torch.stack(total).sum() / count
     return {
         "teacher_entropy": entropy,
-        "prototype_entropy": torch.special.entr(torch.stack(mean).sum(dim=0) / count).sum(),
+        "prototype_entropy": entropy_of(torch.stack(mean).sum(dim=0) / count),
         "kl": loss.detach() - entropy,
         "below_ln_k": math.log(num_prototypes) - loss.detach(),
     }

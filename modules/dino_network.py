@@ -54,6 +54,11 @@ class Head(nn.Module):
     @property
     def prototypes(self) -> Float[Tensor, "k e"]:
         """The weight of the last layer."""
+        parts = self.last_layer.parametrizations.weight
+        norms, directions = parts.original0, parts.original1
+        if norms.device.type == "xla":  # where torch would do this on the CPU
+            length: Tensor = torch.linalg.vector_norm(directions, dim=1, keepdim=True)
+            return directions * (norms / length)
         weight: Tensor = self.last_layer.weight
         return weight
 

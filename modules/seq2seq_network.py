@@ -7,13 +7,15 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.modules.rnn import GRU
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from modules.alignment import Alignment, Kind
 from modules.backbones.row_rnn import whole
 
 Cell = Literal["lstm", "gru"]
-CELLS = {"lstm": nn.LSTM, "gru": nn.GRU}
+# Not `nn.GRU`: torch_xla puts one of its own there, which runs on no CPU.
+CELLS = {"lstm": nn.LSTM, "gru": GRU}
 Context = Literal["input", "output"]
 
 

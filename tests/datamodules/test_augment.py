@@ -63,6 +63,16 @@ def test_beta(alpha: float) -> None:
     assert stats.kstest(drawn, stats.beta(alpha, alpha).cdf).pvalue > 1e-3
 
 
+def test_beta_accepts_what_logaddexp_does() -> None:
+    u = uniforms(keys(5000), 7, 48)
+    x, y = (u.log() / 0.8).chunk(2, dim=1)
+    accepted = torch.logaddexp(x, y) <= 0.0
+    first = accepted.int().argmax(dim=1, keepdim=True)
+    expected = torch.sigmoid(x - y).gather(1, first)[:, 0]
+    assert accepted.any(dim=1).all()
+    assert torch.equal(symmetric_beta(u, 0.8), expected)
+
+
 def test_normalize() -> None:
     images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)

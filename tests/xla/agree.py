@@ -26,6 +26,7 @@ from tests.runs import EXPERIMENTS, last_checkpoint, only_run
 STEPS = 10
 LOG_EVERY = 3
 TOLERANCE = 1e-4
+BIASED = "running_var"  # torch_xla averages the variance of the batch, torch the unbiased one
 COMPILED_BY = 3  # no step after this one compiles
 NUM_IMAGES = 80
 COMMON = [
@@ -52,7 +53,9 @@ RECIPES = {
     "dino": ("dino/vit_s16.yaml", "dino/smoke.yaml", NO_DROP_PATH, *SMALL, *FEW_VIEWS),
     "ibot": ("dino/vit_s16_ibot.yaml", "dino/smoke.yaml", NO_DROP_PATH, *SMALL, *FEW_VIEWS),
     "moco": ("moco/vit_s16.yaml", "moco/smoke.yaml", NO_DROP_PATH, *SMALL),
-    "token_labels": ("lvvit/lvvit_s16.yaml", "smoke.yaml", NO_DROP_PATH),
+    "token_labels": (
+        *("lvvit/lvvit_s16.yaml", "smoke.yaml", NO_DROP_PATH, "--model.init_args.num_classes=10"),
+    ),
     "probe": ("probe/linear_mae_b16.yaml", "smoke.yaml"),
     "rows": (
         *("sequence/rows/digits.yaml", "sequence/rows/smoke.yaml"),
@@ -174,7 +177,7 @@ def agree(name: str) -> None:
     apart = {
         k: (t.double() - theirs[k].double()).abs().max()
         for k, t in mine.items()
-        if k in theirs and t.numel()
+        if k in theirs and t.numel() and not k.endswith(BIASED)
     }
     print(f"checkpoints within {max(apart.values()):.1e}", flush=True)
     assert far < TOLERANCE, list(zip(losses, others, strict=True))
