@@ -175,7 +175,7 @@ def agree(name: str) -> None:
     mine, theirs = tensors(kept), tensors(loaded)
     print(f"{name}: losses within {far:.1e}, {found.graphs[-1]} graphs, {late} late", end=", ")
     apart = {
-        k: (t.double() - theirs[k].double()).abs().max()
+        k: (t.double() - theirs[k].double()).abs().max() / t.double().abs().max().clamp(min=1)
         for k, t in mine.items()
         if k in theirs and t.numel() and not k.endswith(BIASED)
     }
