@@ -57,10 +57,10 @@ class Head(nn.Module):
         parts = self.last_layer.parametrizations.weight
         norms, directions = parts.original0, parts.original1
         if norms.device.type == "xla":  # where torch would do this on the CPU
-            length = torch.linalg.vector_norm(directions, dim=1, keepdim=True)
-            weight: Tensor = directions * (norms / length)
-            return weight
-        weight = self.last_layer.weight
+            lengths = torch.linalg.vector_norm(directions, dim=1, keepdim=True)
+            found: Tensor = directions * (norms / lengths)
+            return found
+        weight: Tensor = self.last_layer.weight
         return weight
 
 
