@@ -21,7 +21,7 @@ from tests import small
 from tests.datamodules.test_folder import write
 from tests.runs import differences
 
-MODULE = Mock(spec=LightningModule)
+MODULE = Mock(spec=LightningModule, trainer=Mock(world_size=1))
 
 
 def batch(labels: torch.Tensor, mixed: Mixed | None = None) -> ImageBatch:
