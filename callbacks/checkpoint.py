@@ -30,6 +30,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from callbacks.host import finish
+from datamodules.disk import sync_directory
 
 LAST, BEFORE, BEST = "last.ckpt", "before.ckpt", "best.ckpt"
 PRIMITIVES = (bool, int, float, str, bytes, type(None))
@@ -173,16 +174,6 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
 def newest(checkpoints: Path) -> Path | None:
     """What a run goes on from; None before its first checkpoint."""
     return next((path for name in (LAST, BEFORE) if (path := checkpoints / name).is_file()), None)
-
-
-def sync_directory(path: Path) -> None:
-    """Make a rename in `path` survive a power failure (a no-op on Windows)."""
-    if os.name == "posix":
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 @runtime_checkable

@@ -1,4 +1,4 @@
-"""SIGTERM on several devices: all of them stop after the same step."""
+"""SIGTERM on several devices, or within a step of several batches: the step ends first."""
 
 import threading
 from typing import Any
@@ -18,7 +18,8 @@ class Stopping(Callback):
     a process takes note and goes on; every tenth step, or sooner where steps take several batches,
     all ask one another, which waits for the device as a log point does. The step is saved by
     `Checkpoint`, and an evaluation that would follow is left to the resumed run, which begins with
-    it. A process alone stops at once, as Lightning has it.
+    it. A process alone looks at its own note after every step of several batches; where steps are
+    of one batch it stops at once, as Lightning has it.
     """
 
     def __init__(self) -> None:

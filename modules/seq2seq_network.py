@@ -142,8 +142,7 @@ class EncoderDecoder(nn.Module):
     def encode(self, source: Int[Tensor, "b s"], lengths: Int[Tensor, " b"] | None) -> Memory:
         """Read the sources; with `lengths` what comes after is never seen."""
         x = self.drop(self.sources(source))
-        with whole(x.device):
-            x = x.float() if x.device.type == "cpu" else x
+        with whole(x) as x:
             outputs, state = self.read(x, lengths)
         h, c = state if self.cell == "lstm" else (state, None)
         h, c = self.side_by_side(h), None if c is None else self.side_by_side(c)
@@ -203,8 +202,7 @@ class EncoderDecoder(nn.Module):
     ) -> tuple[Float[Tensor, "b t d"], Memory]:
         """The decoder's cells over some steps."""
         h = memory.h.transpose(0, 1).contiguous()
-        with whole(x.device):
-            x = x.float() if x.device.type == "cpu" else x
+        with whole(x) as x:
             if memory.c is None:
                 states, h = self.decoder(x, h)
                 return states, memory._replace(h=h.transpose(0, 1))

@@ -11,9 +11,9 @@ Encoder-Decoder" (GRU; Cho et al. 2014).
 A way's last output has read the whole image: f_n ends at the bottom row, b_1 at the top one.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, overload
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal, overload
 
 import torch
 from einops import rearrange
@@ -33,9 +33,14 @@ State = Tensor | tuple[Tensor, Tensor]
 Both = tuple[Tensor, Tensor]
 
 
-def whole(device: torch.device) -> AbstractContextManager[Any]:
-    """No autocast on a CPU, whose bfloat16 LSTM is not there on all processors."""
-    return torch.autocast("cpu", enabled=False) if device.type == "cpu" else nullcontext()
+@contextmanager
+def whole(x: Float[Tensor, "b n e"]) -> Iterator[Float[Tensor, "b n e"]]:
+    """x in float32 and no autocast on a CPU, whose bfloat16 LSTM is not on all processors."""
+    if x.device.type != "cpu":
+        yield x
+        return
+    with torch.autocast("cpu", enabled=False):
+        yield x.float()
 
 
 def merged(forward: Tensor, backward: Tensor, merge: Merge) -> Tensor | Both:
@@ -92,8 +97,7 @@ class Bidirectional(nn.Module):
 
         The states are what each network begins with, zeros where none are given.
         """
-        with whole(x.device):
-            x = x.float() if x.device.type == "cpu" else x
+        with whole(x) as x:
             ahead, _ = self.forward_rnn(x, forward_state)
             back, _ = self.backward_rnn(x.flip(1), backward_state)
         sequence = merged(ahead, back.flip(1), self.merge)
