@@ -251,10 +251,22 @@ class Checkpoint(CheckpointBase):
         return not is_done and bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
 
     def save(self, trainer: Trainer, name: str) -> None:
+        """
+        Raises:
+            ValueError: on all devices, also where only the first could not write.
+        """
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        # Lightning's `weights_only` means "without the optimizer" here.
-        trainer.save_checkpoint(self.directory / name, weights_only=False)
+        # Lightning's `weights_only` means "without the optimizer" here. Its own `save_checkpoint`
+        # lets the others wait for ever for a first device that could not write.
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        fault: ValueError | None = None
+        try:
+            trainer.strategy.save_checkpoint(checkpoint, self.directory / name)
+        except ValueError as error:
+            fault = error
+        if told := trainer.strategy.broadcast("" if fault is None else str(fault)):
+            raise ValueError(told) from fault
 
     def save_last(self, trainer: Trainer) -> None:
         self.saved_step = trainer.global_step

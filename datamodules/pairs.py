@@ -167,10 +167,10 @@ class Generated:
             yield from (date(datetime.date(y, 1, 1)) for y in (1200, *range(1900, 2101)))
             yield from (date(datetime.date(*longest)) for longest in LONGEST_DATES)
         if self.kind != "dates":
-            ends = itertools.chain(range(200), range(200, 1000, 100), (1_100, 1_201, 2_000))
-            yield from map(number, ends)
-            rounded = (1_000, 80_000, 200_000, 1_000_000, 2_000_000, 200_000_000)
-            yield from (number(n) for n in rounded if n < 10**self.max_digits)
+            ends = itertools.chain(range(200), range(200, 1000, 100))
+            rounded = (1_000, 1_100, 1_201, 2_000, 80_000, 200_000)
+            every = itertools.chain(ends, rounded, (1_000_000, 2_000_000, 200_000_000))
+            yield from (number(n) for n in every if n < 10**self.max_digits)
             for leads in LONGEST:
                 thousands, rest = divmod(self.max_digits, 3)
                 lead = [leads[rest - 1]] if rest else []

@@ -15,13 +15,13 @@ computed again for the gradient.
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from modules.backbones.recomputed import recomputed
 
 Rows = slice  # of the images of a batch
 # What the teacher says of some images, [g, those images, k]; every row sums to one.
@@ -65,7 +65,10 @@ def view_loss(
     size = at_once or images_at_once(views, weight.shape[0])
     *first, last = chunks(b, size)
     losses = [
-        recomputed(loss_of, student[:, rows], weight, targets, rows, temperature) for rows in first
+        recomputed(
+            *(loss_of, student[:, rows], weight, targets, rows, temperature), draws_numbers=False
+        )
+        for rows in first
     ]
     # The last logits are the first that backward needs: they may as well stay.
     losses.append(loss_of(student[:, last], weight, targets, last, temperature))
@@ -105,7 +108,9 @@ def same_loss(
     `targets` gives [1, those vectors, k].
     """
     losses = [
-        recomputed(same_loss_of, student[rows], weight, targets, rows, temperature)
+        recomputed(
+            *(same_loss_of, student[rows], weight, targets, rows, temperature), draws_numbers=False
+        )
         for rows in chunks(len(student), at_once or vectors_at_once(len(weight)))
     ]
     return torch.cat(losses)
@@ -229,19 +234,6 @@ def koleo(features: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
         with torch.no_grad():
             nearest = (x @ x.T).fill_diagonal_(-2.0).argmax(dim=1)
         return -torch.log((x - x[nearest]).norm(dim=-1) + 1e-8).mean()
-
-
-def recomputed(function: Callable[..., Tensor], student: Tensor, *others: Any) -> Tensor:
-    """What a function makes of the student's vectors, computed again in backward.
-
-    On a TPU it is kept: torch's checkpoints look for a module `torch.xla`, which there is not.
-    """
-    if student.device.type == "xla":
-        return function(student, *others)
-    made: Tensor = checkpoint(
-        *(function, student, *others), use_reentrant=False, preserve_rng_state=False
-    )
-    return made
 
 
 def entropy_of(shares: Float[Tensor, "*_"]) -> Float[Tensor, ""]:

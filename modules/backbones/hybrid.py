@@ -24,10 +24,10 @@ from typing import Literal, NamedTuple
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from modules.backbones.layers import BlockStyle, PatchEmbed
 from modules.backbones.positions import Positions
+from modules.backbones.recomputed import recomputed
 from modules.backbones.stem import Init, StemViT
 from modules.backbones.vit import check_choice
 
@@ -179,10 +179,7 @@ class ResNet(nn.Module):
         for stage in self.stages:
             assert isinstance(stage, Stage)
             for unit in stage.blocks:
-                if self.recompute and self.training:
-                    x = checkpoint(unit, x, use_reentrant=False)
-                else:
-                    x = unit(x)
+                x = recomputed(unit, x) if self.recompute and self.training else unit(x)
         return x
 
     def draw(self, fan_in: bool) -> None:

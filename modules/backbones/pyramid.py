@@ -10,11 +10,11 @@ from typing import Any, overload
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from modules.backbones.attention import Packed
 from modules.backbones.layers import Backbone, Features, PatchEmbed
 from modules.backbones.masked import Group, Masked, Swapped, Visible
+from modules.backbones.recomputed import recomputed
 from modules.backbones.resampling import Grid
 from modules.backbones.vit import as_pair, check_rates
 from modules.backbones.windows import Order, coarser, reorder, row_by_row
@@ -176,7 +176,7 @@ def run_block(
     """A block; with `recompute` only its input is kept for the backward pass."""
     if not (recompute and x.requires_grad):
         return block(x, now, *rest)
-    out: tuple[Tensor, Order] = checkpoint(block, x, now, *rest, use_reentrant=False)
+    out: tuple[Tensor, Order] = recomputed(block, x, now, *rest)
     return out
 
 

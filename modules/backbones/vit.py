@@ -19,7 +19,6 @@ from typing import Literal, NamedTuple, overload
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from modules.backbones import initialise
 from modules.backbones.attention import Groups, Packed, Segments
@@ -36,6 +35,7 @@ from modules.backbones.masked import Altered, Group, Part, Visible, pixels
 from modules.backbones.packed import check_pack, own_rows
 from modules.backbones.pooling import AttentionPool, mean_patch, only_filled, prefix_token
 from modules.backbones.positions import Positions, for_blocks, make_biases, make_tables, read
+from modules.backbones.recomputed import recomputed
 from modules.backbones.resampling import MAX_GRID, Grid
 
 
@@ -288,7 +288,7 @@ class ViT(Backbone):
             if table is not None:
                 x = x + (where.join(table) if isinstance(where, Groups) else table)
             if self.recompute and self.training:
-                x = checkpoint(block, x, bias, segments, use_reentrant=False)
+                x = recomputed(block, x, bias, segments)
             else:
                 x = block(x, bias, segments)
             kept = [*kept, x][-keep:]

@@ -70,9 +70,11 @@ def test_a_tenth_is_held_out_but_for_small_numbers() -> None:
 
 
 @pytest.mark.parametrize("level", ["characters", "words"])
-@pytest.mark.parametrize("kind", ["numbers", "dates"])
-def test_vocabularies_hold_whatever_is_generated(kind: str, level: Any) -> None:
-    arguments = {"num_train": 1, "num_val": 1} | ({"max_digits": 9} if kind == "numbers" else {})
+@pytest.mark.parametrize(
+    ("kind", "digits"), [*(("numbers", digits) for digits in range(3, 10)), ("dates", None)]
+)
+def test_vocabularies_hold_whatever_is_generated(kind: str, digits: int | None, level: Any) -> None:
+    arguments = {"num_train": 1, "num_val": 1, "max_digits": digits}
     data = module(kind, source_args=arguments, level=level)
     for key in range(300):
         pair = data.train_pairs.pair(0, key)
@@ -205,8 +207,9 @@ def test_the_longest_texts_are_known_beforehand(level: Any) -> None:
         texts = zip(*pairs, strict=True)
         return [max(len(split(text, level)) for text in column) for column in texts]
 
-    numbers = Generated("numbers", "train", max_digits=4)
-    assert longest(numbers.texts()) == longest(map(number, range(10_000)))
+    for digits in (3, 4):
+        numbers = Generated("numbers", "train", max_digits=digits)
+        assert longest(numbers.texts()) == longest(map(number, range(10**digits)))
     known = longest(Generated("dates", "train").texts())
     first = datetime.date(2004, 1, 1).toordinal()
     days = [date(datetime.date.fromordinal(first + i)) for i in range(366)]

@@ -93,15 +93,23 @@ def test_sigterm_on_one_of_two_ranks_or_on_both_stops_them_after_the_same_step(
 
 @pytest.mark.slow
 def test_two_processes_train_and_resume(tmp_path: Path) -> None:
-    """Two ranks of one image take the steps of one rank of two; a bad image hangs none of them."""
+    """They do the steps of one; neither a bad image nor a disk that refuses makes one wait."""
     two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.init_args.batch_size=2"]
     done = patchlight("fit", *TINY, *two, "--trainer.max_epochs=1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = only_run(tmp_path)
-    done = patchlight("fit", "--resume", str(run), "--trainer.max_epochs=2", cwd=tmp_path)
+    resume = ["fit", "--resume", str(run), "--trainer.devices=2"]
+    done = patchlight(*resume, "--trainer.max_epochs=2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert last_checkpoint(run)["global_step"] == 10
     assert (run / "versions.txt").is_file()
+
+    (run / "checkpoints" / "before.ckpt").unlink()
+    (run / "checkpoints" / "before.ckpt").mkdir()  # so that the first rank cannot save
+    done = patchlight(*resume, "--trainer.max_epochs=3", cwd=tmp_path)
+    assert done.codes == [1, 1], done.stderr
+    assert "last.ckpt could not be written" in done.stderr
+    assert last_checkpoint(run)["global_step"] == 10
 
     images = tree(tmp_path / "images", count=20)
     (images / "cat" / "003.png").write_bytes(b"garbage")

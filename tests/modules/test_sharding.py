@@ -47,7 +47,11 @@ def test_two_sharded_devices_follow_one_and_resume(tmp_path: Path, name: str) ->
     ends = [last_checkpoint(only_run(tmp_path / place))["state_dict"] for place in ("1", "2")]
     assert list(ends[0]) == list(ends[1])
     for key, value in ends[0].items():
-        torch.testing.assert_close(ends[1][key], value, atol=2e-4, rtol=1e-3, msg=key)
+        is_told = torch.ones_like(value, dtype=torch.bool)
+        if key.endswith("qkv.bias"):  # that of keys changes no attention: its gradient is rounding
+            is_told.view(3, -1)[1] = False
+        found, expected = (tensor[is_told] for tensor in (ends[1][key], value))
+        torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-3, msg=key)
     if name == "mae":  # whose checkpoints have nothing that those of the others have not
         return
     # Killed, the sharded run goes on bit by bit, and its file is one that others load.

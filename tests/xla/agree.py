@@ -47,10 +47,15 @@ FEW_VIEWS = ("--data.init_args.local_size=16", "--data.init_args.num_local=2")
 # A recipe, its overlay, and options beside `COMMON`.
 RECIPES = {
     "supervised": ("supervised/deit_s16.yaml", "smoke.yaml", NO_DROP_PATH),
+    "recompute": (
+        *("supervised/deit_s16.yaml", "smoke.yaml", NO_DROP_PATH),
+        "--model.init_args.backbone.init_args.recompute=true",
+    ),
     "packed": ("navit/vit_s16.yaml", "navit/smoke.yaml", NO_DROP_PATH),
     "mae": ("mae/vit_b16.yaml", "mae/smoke.yaml"),
     "packed_mae": ("mae/packed/vit_s16.yaml", "mae/packed/smoke.yaml"),
     "dino": ("dino/vit_s16.yaml", "dino/smoke.yaml", NO_DROP_PATH, *SMALL, *FEW_VIEWS),
+    "ibot": ("dino/vit_s16_ibot.yaml", "dino/smoke.yaml", NO_DROP_PATH, *SMALL, *FEW_VIEWS),
     "moco": ("moco/vit_s16.yaml", "moco/smoke.yaml", NO_DROP_PATH, *SMALL),
     "token_labels": (
         *("lvvit/lvvit_s16.yaml", "smoke.yaml", NO_DROP_PATH, "--model.init_args.num_classes=10"),
@@ -59,6 +64,11 @@ RECIPES = {
     "rows": (
         *("sequence/rows/digits.yaml", "sequence/rows/smoke.yaml"),
         "--model.init_args.backbone.init_args.dropout=0",
+    ),
+    "seq2seq": (
+        *("quickstart/translate.yaml", "sequence/smoke.yaml"),
+        *("--model.init_args.hidden_dim=8", "--data.init_args.pad_to=[32, 36]"),
+        "--data.init_args.source_args.max_digits=3",
     ),
     "transformer": (
         *("sequence/transformer/base.yaml", "sequence/transformer/smoke.yaml"),
