@@ -76,13 +76,14 @@ class Warm:
         cwd: Path,
         doom: tuple[int, int, Sequence[int]] | None,
         ranks: int,
+        apart: bool,
     ) -> "Ended":
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         with tempfile.TemporaryDirectory() as directory:
             said = {name: str(Path(directory) / name) for name in ("stdout", "stderr")}
             request = {"arguments": arguments, "cwd": str(cwd), "environment": environment()}
-            request |= {"doom": doom, "ranks": ranks}
+            request |= {"doom": doom, "ranks": ranks, "apart": apart}
             print(json.dumps(request | said), file=self.process.stdin, flush=True)
             if not select.select([self.process.stdout], [], [], TIMEOUT)[0]:
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -112,11 +113,13 @@ def patchlight(
 ) -> Ended:
     """Run the command in its own process; with `kill_at`, it gets a signal in that step.
 
-    With `--trainer.devices=2` it runs in two, unless Lightning is to launch the second.
+    With `--trainer.devices=2` it runs in two, unless Lightning is to launch the second, and with
+    `--trainer.num_nodes=2` as on two machines.
     """
     doom = None if kill_at is None else (kill_at, int(with_signal), on_ranks)
-    ranks = 2 if "--trainer.devices=2" in arguments and not launched else 1
-    return warm().run(arguments, cwd, doom, ranks)
+    apart = "--trainer.num_nodes=2" in arguments
+    ranks = 2 if apart or ("--trainer.devices=2" in arguments and not launched) else 1
+    return warm().run(arguments, cwd, doom, ranks, apart)
 
 
 def only_run(directory: Path) -> Path:

@@ -54,11 +54,12 @@ def become(request: dict[str, Any]) -> None:
             doom(step, number)
 
 
-def place(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """What Lightning's launcher would tell a rank."""
+def place(rank: int, ranks: int, port: int, apart: bool) -> dict[str, str]:
+    """What a launcher would tell a rank, Lightning's or, `apart`, that of two machines."""
     if ranks == 1:
         return {}
-    given = {"LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": ranks, "MASTER_PORT": port}
+    node, local = (rank, 0) if apart else (0, rank)
+    given = {"LOCAL_RANK": local, "NODE_RANK": node, "WORLD_SIZE": ranks, "MASTER_PORT": port}
     return {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in given.items()}
 
 
@@ -89,11 +90,11 @@ def serve() -> int | None:
     """The exit code in a fork that has run its command, None at the end of the requests."""
     for line in sys.stdin:
         request = json.loads(line)
-        ranks, port, children = request["ranks"], free_port(), []
+        ranks, apart, port, children = request["ranks"], request["apart"], free_port(), []
         for rank in range(ranks):
             child = os.fork()
             if child == 0:
-                request["environment"] |= place(rank, ranks, port)
+                request["environment"] |= place(rank, ranks, port, apart)
                 become(request)
                 return cli.main()
             children.append(child)

@@ -93,12 +93,14 @@ def test_sigterm_on_one_of_two_ranks_or_on_both_stops_them_after_the_same_step(
 
 @pytest.mark.slow
 def test_two_processes_train_and_resume(tmp_path: Path) -> None:
-    """They do the steps of one; neither a bad image nor a disk that refuses makes one wait."""
-    two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.init_args.batch_size=2"]
-    done = patchlight("fit", *TINY, *two, "--trainer.max_epochs=1", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    """On two machines, then on one; neither a bad image nor a disk that refuses makes one wait."""
+    ddp = ["--trainer.strategy=ddp", "--data.init_args.batch_size=2"]
+    apart = ["--trainer.num_nodes=2", "--trainer.devices=1"]
+    done = patchlight("fit", *TINY, *ddp, *apart, "--trainer.max_epochs=1", cwd=tmp_path)
+    assert done.codes == [0, 0], done.stderr
     run = only_run(tmp_path)
-    resume = ["fit", "--resume", str(run), "--trainer.devices=2"]
+    two = ["--trainer.devices=2", *ddp]
+    resume = ["fit", "--resume", str(run), "--trainer.num_nodes=1", "--trainer.devices=2"]
     done = patchlight(*resume, "--trainer.max_epochs=2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert last_checkpoint(run)["global_step"] == 10

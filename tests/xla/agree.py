@@ -51,6 +51,8 @@ RECIPES = {
         *("supervised/deit_s16.yaml", "smoke.yaml", NO_DROP_PATH),
         "--model.init_args.backbone.init_args.recompute=true",
     ),
+    "lamb": ("supervised/deit3_s16.yaml", "smoke.yaml", NO_DROP_PATH),
+    "sgd": ("supervised/vit_b16_384.yaml", "smoke.yaml", NO_DROP_PATH),
     "packed": ("navit/vit_s16.yaml", "navit/smoke.yaml", NO_DROP_PATH),
     "mae": ("mae/vit_b16.yaml", "mae/smoke.yaml"),
     "packed_mae": ("mae/packed/vit_s16.yaml", "mae/packed/smoke.yaml"),
