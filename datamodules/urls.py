@@ -100,7 +100,10 @@ def insist(url: str, read: Callable[[Readable], T]) -> T:
             last = error
             if is_hopeless(error):
                 break
+    times = "once" if attempt == 0 else f"{attempt + 1} times"
+    # Packages raise it with a name only.
+    why = f"there is no file {last}" if isinstance(last, FileNotFoundError) else last
     raise ValueError(
-        f"{url} could not be fetched in {attempt + 1} tries: {last}; check that it is there, whole "
+        f"{url} could not be fetched, tried {times}: {why}; check that it is there, whole "
         f"and readable from this machine; `patchlight fit --resume RUN` goes on with a run"
     ) from last
