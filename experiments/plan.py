@@ -27,6 +27,7 @@ from datamodules.sampling import Groups, TrainBatches, run_seed
 from datamodules.sources import Grouped
 from experiments.memory import Memory, activations, memory_of
 from modules.optim import Optimization, peak
+from modules.sharding import check
 
 DEVICES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 GIB = 2**30
@@ -125,7 +126,8 @@ def read(arguments: Sequence[str]) -> Recipe:
     """Build what a recipe names; nothing is trained, opened or downloaded.
 
     Raises:
-        ValueError: packs, whose batches have no fixed number of images; texts; no batches at all.
+        ValueError: packs, whose batches have no fixed number of images; texts; no batches at all;
+            what cannot be sharded and is to be.
     """
     from experiments.cli import BASE, usual_precision  # which knows this verb
 
@@ -141,6 +143,7 @@ def read(arguments: Sequence[str]) -> Recipe:
     parser.add_lightning_class_args(Checkpoint, "checkpoint")
     config = parser.parse_args(list(arguments))
     trainer = config.trainer
+    callbacks = [callback.class_path.rpartition(".")[2] for callback in trainer.callbacks or []]
     # Callbacks and plugins have no part in a plan.
     trainer.callbacks, trainer.plugins, config.checkpoint.monitor = None, None, None
     built = parser.instantiate(config)
@@ -155,6 +158,8 @@ def read(arguments: Sequence[str]) -> Recipe:
         raise ValueError("trainer.limit_train_batches is 0, so there is nothing to plan; remove it")
     strategy = str(getattr(trainer.strategy, "class_path", trainer.strategy))
     is_sharded = strategy.lower().endswith("sharded")
+    if is_sharded:
+        check(built.model, callbacks)
     return Recipe(
         method=built.model,
         data=built.data,

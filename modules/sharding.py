@@ -54,7 +54,7 @@ class Sharded(ModelParallelStrategy):
         method = self.lightning_module
         assert method is not None
         assert self.accelerator is not None
-        check(method, trainer)
+        check(method, [type(callback).__name__ for callback in trainer.callbacks])  # type: ignore[attr-defined]
         self.accelerator.setup(trainer)
         if trainer.state.fn == "fit" and self._layer_sync is not None:
             self._layer_sync.apply(method)
@@ -172,8 +172,13 @@ def spread(network: AroundBackbone, mesh: Any) -> None:
         register_fsdp_forward_method(network, name)
 
 
-def check(method: LightningModule, trainer: Trainer) -> None:
-    """Refuse what would fail, or be wrong, in the midst of a run."""
+def check(method: LightningModule, callbacks: Sequence[str]) -> None:
+    """Refuse what would fail, or be wrong, in the midst of a run.
+
+    Args:
+        method: what would be sharded.
+        callbacks: names of their classes.
+    """
     networks = [child for child in method.children() if isinstance(child, AroundBackbone)]
     trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
     inside = {id(parameter) for network in networks for parameter in network.parameters()}
@@ -188,12 +193,11 @@ def check(method: LightningModule, trainer: Trainer) -> None:
             f"optimizer.name is {name}, which asks for norms of whole tensors and gets shards; set "
             f"trainer.strategy to ddp or use adamw"
         )
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if type(callback).__name__ == "Pictures":
-            raise ValueError(
-                "callbacks.Pictures looks into blocks, which are spread over devices; take it out, "
-                "and use `patchlight look` on the checkpoint"
-            )
+    if "Pictures" in callbacks:
+        raise ValueError(
+            "callbacks.Pictures looks into blocks, which are spread over devices; take it out, "
+            "and use `patchlight look` on the checkpoint"
+        )
 
 
 StrategyRegistry.register("sharded", Sharded, description="FSDP2: shards of all that a run trains")

@@ -325,3 +325,8 @@ def test_packs_and_nonsense_are_refused() -> None:
         plan([*RECIPE, "--images=1000", "--shards=1", "--epoch=-1"])
     with pytest.raises(ValueError, match="limit_train_batches is 0, so there is nothing to plan"):
         plan([*RECIPE, "--images=1000", "--trainer.limit_train_batches=0"])
+    sharded = ["--images=1000", "--trainer.strategy=sharded"]
+    with pytest.raises(ValueError, match=r"optimizer\.name is lamb, which asks for norms"):
+        plan([*RECIPE, *sharded, "--model.init_args.optimizer.name=lamb"])
+    with pytest.raises(ValueError, match=r"callbacks\.Pictures looks into blocks"):
+        plan([*RECIPE, *sharded, "--trainer.callbacks+=callbacks.Pictures"])

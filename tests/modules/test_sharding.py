@@ -3,11 +3,9 @@
 import copy
 import json
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from torch import nn
 
 from modules import DINO, LinearProbe, Supervised
@@ -176,17 +174,12 @@ def test_units_are_blocks() -> None:
 
 def test_what_cannot_be_sharded_says_so() -> None:
     vit = ViT("mu", 8, 32)
-    trainer = Mock(spec=Trainer, callbacks=[])
-    check(Supervised(vit, 10), trainer)
-    check(DINO(vit, num_prototypes=8, hidden_dim=8, bottleneck_dim=4), trainer)
+    check(Supervised(vit, 10), ["LearningRateMonitor"])
+    check(DINO(vit, num_prototypes=8, hidden_dim=8, bottleneck_dim=4), [])
     with pytest.raises(ValueError, match="LinearProbe cannot be sharded"):
-        check(LinearProbe(vit, 10), trainer)
+        check(LinearProbe(vit, 10), [])
     lamb = Optimization(name="lamb")
     with pytest.raises(ValueError, match=r"optimizer\.name is lamb, which asks for norms"):
-        check(Supervised(vit, 10, lamb), trainer)
-
-    class Pictures:
-        """Of that name."""
-
+        check(Supervised(vit, 10, lamb), [])
     with pytest.raises(ValueError, match=r"callbacks\.Pictures looks into blocks"):
-        check(Supervised(vit, 10), Mock(spec=Trainer, callbacks=[Pictures()]))
+        check(Supervised(vit, 10), ["Pictures"])
