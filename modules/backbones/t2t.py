@@ -91,6 +91,16 @@ class Mixing(nn.Module):
         return torch.exp(logarithm).mul(NUM_FEATURES**-0.5)
 
 
+def unfold_on_xla(
+    x: Float[Tensor, "b c height width"], side: int, dilation: int, margin: int, stride: int
+) -> Float[Tensor, "b e n"]:
+    """`F.unfold` as a convolution: on a TPU, its own would fetch all images to the host."""
+    area, channels = side * side, x.shape[1]
+    picks = torch.eye(area, dtype=x.dtype, device=x.device).view(area, 1, side, side)
+    weight = picks.repeat(channels, 1, 1, 1)
+    return F.conv2d(x, weight, None, stride, margin, dilation, channels).flatten(2)
+
+
 class TokensToToken(nn.Module):
     def __init__(self, in_channels: int, dim: int, is_exact: bool) -> None:
         super().__init__()
@@ -104,7 +114,8 @@ class TokensToToken(nn.Module):
         steps = (self.attention1, self.attention2, self.project)
         for (side, stride, margin), step in zip(SPLITS, steps, strict=True):
             rows = x.shape[2] // stride
-            tokens: Tensor = step(F.unfold(x, side, 1, margin, stride).mT)
+            unfolded = unfold_on_xla if x.device.type == "xla" else F.unfold
+            tokens: Tensor = step(unfolded(x, side, 1, margin, stride).mT)
             x = rearrange(tokens, "b (y x) d -> b d y x", y=rows)
         return tokens
 

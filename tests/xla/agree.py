@@ -39,6 +39,7 @@ COMMON = [
 ]
 # What a device's own generator draws is not what the CPU's does.
 NO_DROP_PATH = "--model.init_args.backbone.init_args.drop_path=0"
+NO_DROPOUT = "--model.init_args.backbone.init_args.dropout=0"
 # XLA's compiler for CPUs takes many minutes for ten views of full size.
 SMALL = (
     "--model.init_args.backbone.init_args.image_size=32",
@@ -52,6 +53,10 @@ RECIPES = {
         *("supervised/deit_s16.yaml", "smoke.yaml", NO_DROP_PATH),
         "--model.init_args.backbone.init_args.recompute=true",
     ),
+    "t2t": ("supervised/t2t_vit_14.yaml", "smoke.yaml", NO_DROP_PATH),
+    "swin": ("supervised/swin_t.yaml", "smoke.yaml", NO_DROP_PATH),
+    "twins": ("supervised/twins_svt_s.yaml", "smoke.yaml", NO_DROP_PATH),
+    "hybrid": ("supervised/hybrid_r50_b16_384.yaml", "smoke.yaml", NO_DROPOUT),
     "lamb": ("supervised/deit3_s16.yaml", "smoke.yaml", NO_DROP_PATH),
     "sgd": ("supervised/vit_b16_384.yaml", "smoke.yaml", NO_DROP_PATH),
     "packed": ("navit/vit_s16.yaml", "navit/smoke.yaml", NO_DROP_PATH),
@@ -64,10 +69,7 @@ RECIPES = {
         *("lvvit/lvvit_s16.yaml", "smoke.yaml", NO_DROP_PATH, "--model.init_args.num_classes=10"),
     ),
     "probe": ("probe/linear_mae_b16.yaml", "smoke.yaml"),
-    "rows": (
-        *("sequence/rows/digits.yaml", "sequence/rows/smoke.yaml"),
-        "--model.init_args.backbone.init_args.dropout=0",
-    ),
+    "rows": ("sequence/rows/digits.yaml", "sequence/rows/smoke.yaml", NO_DROPOUT),
     "seq2seq": (
         *("quickstart/translate.yaml", "sequence/smoke.yaml"),
         *("--model.init_args.hidden_dim=8", "--data.init_args.pad_to=[32, 36]"),

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modules import weights
 from modules.backbones import T2TViT, create
-from modules.backbones.t2t import VARIANTS
+from modules.backbones.t2t import SPLITS, VARIANTS, unfold_on_xla
 from modules.supervised import Classifier
 from tests.modules.backbones.test_vit import count
 
@@ -236,3 +236,10 @@ def test_groups_in_evaluation() -> None:
     for together, alone in zip(network(crops), [network(crop) for crop in crops], strict=True):
         torch.testing.assert_close(together.patches, alone.patches, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(together.pooled, alone.pooled, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_convolution_unfolds(split: tuple[int, int, int]) -> None:
+    (side, stride, margin), x = split, torch.randn(2, 3, 32, 24)
+    unfolded = F.unfold(x, side, 1, margin, stride)
+    torch.testing.assert_close(unfold_on_xla(x, side, 1, margin, stride), unfolded, rtol=0, atol=0)
