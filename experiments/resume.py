@@ -19,7 +19,7 @@ from experiments.runs import differences
 from experiments.start import CONFIG, take, take_weights
 
 # What a run writes before its config: it may have been killed there.
-EARLIEST = ("events.out.tfevents.", ".")
+EARLIEST = ("events.out.tfevents.", "hparams.yaml", "unreadable-", ".")
 # Values that stand for one that the run settles itself, and writes into its config.
 SETTLED = {"trainer.precision": "null", "seed_everything": "true"}
 

@@ -1,11 +1,13 @@
 """`--into RUN`: begins a run, goes on with it, and with no other."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from callbacks.checkpoint import read_checkpoint
 from experiments.resume import begin
+from modules import Supervised
 from tests.experiments.test_recipes import fit
 from tests.runs import EXPERIMENTS, TINY
 
@@ -86,6 +88,24 @@ def test_what_a_run_began_with_is_not_loaded_again(
     assert any(option.startswith("--model.init_args.weights=") for option in again.asked or [])
     with pytest.raises(ValueError, match="the run there is of another recipe: its model"):
         fit(monkeypatch, *given, "--into", str(begun))
+
+
+def test_a_run_that_was_interrupted_before_its_first_step_begins_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    run = tmp_path / "run"
+    evaluated = [option for option in SHORT if "limit_val_batches" not in option]
+    given = [*evaluated, ONE, "--trainer.num_sanity_val_steps=1", f"--into={run}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Supervised, "validation_step", interrupt)
+        with pytest.raises(SystemExit):  # as Lightning leaves
+            fit(patch, *given)
+    assert list(run.iterdir())
+    assert not (run / "config.yaml").exists()
+    assert fit(monkeypatch, *given).trainer.global_step == 5
 
 
 def test_a_place_that_holds_something_else_is_refused(tmp_path: Path) -> None:
