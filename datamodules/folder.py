@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 
@@ -37,7 +37,9 @@ def opening(file: Path | BytesIO, name: str | None = None) -> Iterator[Image.Ima
     except Image.DecompressionBombError as error:
         raise BadImageError(name, f"too large to be decoded safely: {error}") from error
     except (OSError, SyntaxError, ValueError, struct.error, EOFError) as error:
-        raise BadImageError(name, str(error) or type(error).__name__) from error
+        # Pillow names what it read from, which may be an object in memory.
+        said = "no image of a known kind" if isinstance(error, UnidentifiedImageError) else error
+        raise BadImageError(name, str(said) or type(error).__name__) from error
 
 
 def decode(file: Path | BytesIO, channels: int, name: str | None = None) -> np.ndarray:

@@ -254,7 +254,9 @@ class PatchlightCLI(LightningCLI):
 
     def after_fit(self) -> None:
         if not self.trainer.callback_metrics:  # a finished run was resumed: nothing was done
+            loggers, self.trainer.loggers = self.trainer.loggers, []  # which have it already
             self.trainer.validate(self.model, self.datamodule, verbose=False)
+            self.trainer.loggers = loggers
         write_result(self.trainer)
         announce_end(self.trainer)
 
@@ -265,12 +267,19 @@ class PatchlightCLI(LightningCLI):
 
 @rank_zero_only
 def write_result(trainer: Trainer) -> None:
-    """`result.json`: the metrics after the last step; a run that has it is finished."""
+    """`result.json`: the metrics after the last step; a run that has it is finished.
+
+    What stands there of that step, from before a finished run was resumed, stays.
+    """
     if trainer.loggers and trainer.loggers[0].log_dir:
-        metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
-        result = {"step": trainer.global_step, "epochs": epochs(trainer), "metrics": metrics}
         path = Path(trainer.loggers[0].log_dir) / RESULT
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        result: dict[str, Any] = {"step": trainer.global_step, "epochs": epochs(trainer)}
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if kept.get("step") == trainer.global_step:
+            result = kept
+        result["metrics"] = dict(sorted((result.get("metrics", {}) | metrics).items()))
+        write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
 
 
 def epochs(trainer: Trainer) -> float | None:

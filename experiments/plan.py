@@ -26,6 +26,7 @@ from datamodules.placed import limited
 from datamodules.sampling import Groups, TrainBatches, run_seed
 from datamodules.sources import Grouped
 from experiments.memory import Memory, activations, memory_of
+from experiments.start import take_weights
 from modules.optim import Optimization, peak
 from modules.sharding import check
 
@@ -79,6 +80,7 @@ def plan(arguments: Sequence[str]) -> int:
     if given.epoch < 0:
         raise ValueError(f"--epoch {given.epoch}; expected at least 0, the first")
     console = Console(highlight=False)
+    _, *rest = take_weights(["fit", *rest])
     with torch.device("meta"):
         recipe = read(rest)
     source = None if given.images else recipe.data.open("train")
@@ -183,8 +185,10 @@ def table(
 ) -> Table:
     """One row for every number of devices, `an_image` in bytes of memory."""
     per_device = recipe.data.batch_size
-    columns = ("devices", "global batch", "peak rate", "steps/epoch", "steps")
-    rows = Table(*columns, "epochs", "GiB a device", title=type(recipe.method).__name__)
+    rows = Table(title=type(recipe.method).__name__)
+    for title in ("devices", "global\nbatch", "peak\nrate", "steps\nan epoch", "steps", "epochs"):
+        rows.add_column(title, no_wrap="rate" not in title)  # where a row may say why it has none
+    rows.add_column("GiB a\ndevice", no_wrap=True)
     optimization = getattr(recipe.method, "optimization", Optimization())
     for count, memory in zip(devices, memories, strict=True):
         batch = per_device * count * recipe.accumulate

@@ -133,11 +133,11 @@ def last_checkpoint(run: Path) -> dict[str, Any]:
     return loaded
 
 
-def logged_losses(run: Path) -> dict[int, float]:
-    """train/loss by step, as TensorBoard reads it."""
+def logged_losses(run: Path, name: str = "train/loss") -> dict[int, float]:
+    """By step, as TensorBoard reads them; no step has two."""
     events = EventAccumulator(str(run))
     events.Reload()
-    scalars = [(e.step, e.value) for e in events.Scalars("train/loss")]
+    scalars = [(e.step, e.value) for e in events.Scalars(name)]
     assert len(scalars) == len(dict(scalars))
     return dict(scalars)
 

@@ -35,8 +35,11 @@ def test_the_same_command_goes_on_and_what_is_typed_wins(
     longer = fit(monkeypatch, *SHORT, TWO, f"--into={begun}").trainer
     assert (longer.ckpt_path, longer.global_step) == (str(last), 10)
     assert read_checkpoint(last)["global_step"] == 10
+    result = (begun / "result.json").read_text()
     again = fit(monkeypatch, *SHORT, ONE, f"--into={begun}").trainer
     assert again.global_step == 10
+    assert "train/loss" in result
+    assert (begun / "result.json").read_text() == result
 
 
 @pytest.mark.parametrize("has_checkpoint", [True, False])

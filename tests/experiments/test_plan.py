@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Callback
+from safetensors.torch import save_file
 from torch import distributed as dist
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.device_mesh import init_device_mesh
@@ -21,7 +22,7 @@ from datamodules.shards import Shards
 from datamodules.sources import open_source
 from experiments.cli import PatchlightCLI
 from experiments.memory import Memory, activations, bytes_kept, memory_of, saved
-from experiments.plan import length, plan, read, table
+from experiments.plan import GIB, length, plan, read, table
 from modules import optim
 from modules.backbones import Swin, ViT
 from modules.mae import Autoencoder
@@ -43,6 +44,28 @@ def test_the_published_batch_rate_and_steps(capsys: pytest.CaptureFixture[str]) 
     assert row[:6] == ["16", "1,024", "0.002", "1,251", "125,100", "100"]
     assert "512" in rows["8"]
     assert "more than the 1,281,167 images" in " ".join(out.replace("│", " ").split())
+
+
+def test_no_number_is_cut_where_lines_are_short(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    recipe = ["--config", str(EXPERIMENTS / "mae" / "vit_b16.yaml")]
+    assert plan([*recipe, "--images=1281167", "--devices=1,1024"]) == 0
+    assert {"20,018", "32,028,800", "65,536"} <= set(capsys.readouterr().out.split())
+
+
+def test_a_recipe_may_take_its_backbone_from_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = ["--config", str(EXPERIMENTS / "finetune" / "small.yaml"), "--images=1000"]
+    with pytest.raises(ValueError, match="no backbone of its own: add --weights CHECKPOINT"):
+        plan(recipe)
+    path, vit = tmp_path / "mae.safetensors", ViT("Ti", 16, 224)
+    save_file(vit.state_dict(), path)
+    assert plan([*recipe, "--weights", str(path), "--devices=1"]) == 0
+    weights = sum(p.nbytes for p in vit.parameters())
+    assert f"{2 * weights / GIB:.2f} GiB of weights" in " ".join(capsys.readouterr().out.split())
 
 
 def test_memory_is_that_of_the_networks() -> None:

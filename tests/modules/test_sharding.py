@@ -82,6 +82,7 @@ def finished_and_evaluated(run: Path) -> None:
     figures = {name: value for name, value in result["metrics"].items() if "val/" in name}
     assert {name: again["metrics"][name] for name in figures} == pytest.approx(figures, abs=1e-6)
     assert last.read_bytes() == kept
+    assert logged_losses(run, "val/loss")
     given = ["--config", str(run / "config.yaml"), "--ckpt_path", str(last)]
     done = patchlight("validate", *given, *devices, cwd=run)
     assert done.codes == [0, 0], done.stderr
