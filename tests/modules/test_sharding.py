@@ -73,6 +73,7 @@ def finished_and_evaluated(run: Path) -> None:
     result = json.loads((run / "result.json").read_text())
     assert set(result["metrics"]) > {"val/accuracy", "val/loss"}
     (run / "result.json").unlink()
+    logged = logged_losses(run, "val/loss")
     last = run / "checkpoints" / "last.ckpt"
     kept, devices = last.read_bytes(), ["--trainer.devices=2", "--trainer.strategy=sharded"]
     done = patchlight("fit", "--resume", str(run), *devices, cwd=run)
@@ -82,7 +83,7 @@ def finished_and_evaluated(run: Path) -> None:
     figures = {name: value for name, value in result["metrics"].items() if "val/" in name}
     assert {name: again["metrics"][name] for name in figures} == pytest.approx(figures, abs=1e-6)
     assert last.read_bytes() == kept
-    assert logged_losses(run, "val/loss")
+    assert logged_losses(run, "val/loss") == logged
     given = ["--config", str(run / "config.yaml"), "--ckpt_path", str(last)]
     done = patchlight("validate", *given, *devices, cwd=run)
     assert done.codes == [0, 0], done.stderr
