@@ -74,6 +74,7 @@ EXPERIMENTS = Path(__file__).parent
 BASE = EXPERIMENTS / "base.yaml"
 ROOMS = ("experiments", "modules", "callbacks", "datamodules")
 STOPPED = 143  # the exit code of a process that ended on SIGTERM: the run is not finished
+INTERRUPTED = 130  # that of one that ended on Ctrl-C
 VERBS = {
     "check-data": check_data,
     "shard": shard,
@@ -379,6 +380,9 @@ def main() -> int:
     except SIGTERMException:
         print_once("stopped by SIGTERM; `patchlight fit --resume RUN` goes on from its last.ckpt")
         return STOPPED
+    except KeyboardInterrupt:  # of a verb; Lightning sees to that of a run
+        print("patchlight: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except Exception as error:
         ours = raised_by_us(error)
         if ours is None:

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from experiments import cli
 from experiments.cli import raised_by_us
 from tests.runs import ROOT, TINY, only_run, patchlight
 
@@ -146,6 +147,18 @@ def test_only_our_own_checks_are_told_without_a_traceback(tmp_path: Path) -> Non
     wrapped = TypeError("does not validate")
     wrapped.__cause__ = ours
     assert raised_by_us(wrapped) is ours
+
+
+def test_an_interrupted_verb_leaves_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(arguments: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.VERBS, "shard", interrupt)
+    monkeypatch.setattr("sys.argv", ["patchlight", "shard"])
+    assert cli.main() == 130
+    assert capsys.readouterr().err == "patchlight: interrupted\n"
 
 
 @pytest.mark.slow
