@@ -59,10 +59,13 @@ class Timm(Backbone):
         in_channels: channels of the input images.
         drop_path: rate of stochastic depth, spread over the network as timm does.
         options: further arguments of timm's constructor, such as {zero_init_last: false}.
+        recompute: keep less for the backward pass, and compute the rest again in it, where timm's
+            network can (gradient checkpointing).
 
     Raises:
         ValueError: no network of this name, arguments or images that it does not take, or one
-            that gives no single map of features.
+            that gives no single map of features; recompute with batch norms, which would count
+            every batch twice.
     """
 
     image_size: tuple[int, int]
@@ -76,6 +79,7 @@ class Timm(Backbone):
         in_channels: int = 3,
         drop_path: float = 0.0,
         options: dict[str, Any] | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         if not timm.is_model(name):
@@ -108,6 +112,9 @@ class Timm(Backbone):
         self.embed_dim = pooled.shape[1]
         self.width = features.shape[1 if self.layout.kind == "NCHW" else -1]
         self.layers, self.num_layers = layers_of(self.model)
+        self.recompute = recompute
+        if recompute:
+            checkpoint_blocks(self.model, name)
 
     @property
     def patch_dim(self) -> int:
@@ -179,6 +186,10 @@ class Timm(Backbone):
             raise ValueError(
                 f"timm's {self.name} takes images of one size, and {what} reached it; use "
                 f"modules.backbones.ViT for these"
+            )
+        if self.recompute and images.device.type == "xla":
+            raise ValueError(
+                f"timm cannot compute {self.name} again on a TPU; set recompute to false"
             )
         if images.shape[1] != self.in_channels:
             raise ValueError(
@@ -315,6 +326,24 @@ def classifiers(model: Any) -> tuple[str, ...]:
     """Names of timm's linear classifiers, which a `Timm` does without."""
     given = model.pretrained_cfg.get("classifier") or "head"
     return (given,) if isinstance(given, str) else tuple(given)
+
+
+def checkpoint_blocks(model: Any, name: str) -> None:
+    """
+    Raises:
+        ValueError: timm cannot, or the network remembers what it has seen.
+    """
+    if any(isinstance(part, _BatchNorm) for part in model.modules()):
+        raise ValueError(
+            f"timm's {name} has batch norms, which would count a batch twice that is computed "
+            f"again; set recompute to false"
+        )
+    try:
+        model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"timm cannot compute parts of {name} again ({error}); set recompute to false"
+        ) from error
 
 
 def count_fused(model: nn.Module) -> int:

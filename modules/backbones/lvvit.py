@@ -94,6 +94,8 @@ class LVViT(StemViT):
         mlp_dim: hidden width of the MLP; three times the width where not given.
         stem_dim: channels of the first three convolutions instead of the variant's.
         residual_scale: what branches are divided by, instead of the variant's.
+        recompute: keep only the input of every block for the backward pass, and compute the block
+            again in it (gradient checkpointing).
 
     Raises:
         ValueError: unknown variant, a size that patches do not divide, an odd patch size, rates
@@ -115,6 +117,7 @@ class LVViT(StemViT):
         mlp_dim: int | None = None,
         stem_dim: int | None = None,
         residual_scale: float | None = None,
+        recompute: bool = False,
     ) -> None:
         if variant not in VARIANTS:
             raise ValueError(f"unknown LV-ViT variant {variant!r}; known: {', '.join(VARIANTS)}")
@@ -137,6 +140,7 @@ class LVViT(StemViT):
             embed_dim=size.embed_dim if embed_dim is None else embed_dim,
             num_heads=size.num_heads if num_heads is None else num_heads,
             mlp_dim=MLP_RATIO * dim if mlp_dim is None else mlp_dim,
+            recompute=recompute,
         )
         stem_dim = size.stem_dim if stem_dim is None else stem_dim
         if stem_dim < 1:

@@ -35,6 +35,7 @@ from modules.backbones.layers import (
 from modules.backbones.masked import Altered, Group, Visible, pixels
 from modules.backbones.packed import check_pack
 from modules.backbones.pooling import AttentionPool, QueryPool, only_filled
+from modules.backbones.recomputed import recomputed
 from modules.backbones.resampling import Grid
 from modules.backbones.vit import check_choice, check_rates, grid_of, resolve_size
 
@@ -64,6 +65,8 @@ class NaViT(Backbone):
         num_heads: attention heads instead of the variant's.
         mlp_dim: hidden width of the MLP; 4 * embed_dim where embed_dim is given, else the
             variant's.
+        recompute: keep only the input of every block for the backward pass, and compute the block
+            again in it (gradient checkpointing).
 
     Raises:
         ValueError: unknown variant, pooling or init, rates outside [0, 1), a width that heads or
@@ -89,6 +92,7 @@ class NaViT(Backbone):
         embed_dim: int | None = None,
         num_heads: int | None = None,
         mlp_dim: int | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         size = resolve_size(variant, depth, embed_dim, num_heads, mlp_dim)
@@ -99,7 +103,7 @@ class NaViT(Backbone):
             raise ValueError(f"patch_size is {patch_size}; expected at least 1")
         dim = self.embed_dim = size.embed_dim
         self.patch_size, self.num_layers, self.in_channels = patch_size, size.depth, in_channels
-        self.num_prefix_tokens, self.image_size = 0, None
+        self.num_prefix_tokens, self.image_size, self.recompute = 0, None, recompute
         self.max_grid, self.patch_width = positions.max_grid, in_channels * patch_size**2
 
         self.patch_norm = layer_norm(self.patch_width, block) if patch_norm else nn.Identity()
@@ -139,7 +143,7 @@ class NaViT(Backbone):
         where = Groups(parts, grids)
         x = where.join(parts)
         for block in self.blocks:
-            x = block(x, None, where)
+            x = self.through(block, x, where)
         each = zip(where.split(x), grids, strict=True)
         return [self.read_out(tokens, grid, None) for tokens, grid in each]
 
@@ -171,9 +175,18 @@ class NaViT(Backbone):
             x = self.embed_patches(images.patches, images.positions, grids)
         kept: list[Tensor] = []
         for block in self.blocks:
-            x = block(x, None, segments)
+            x = self.through(block, x, segments)
             kept = [*kept, x][-count:]
         return [self.read_out(x, grid, segments) for x in kept]
+
+    def through(
+        self, block: nn.Module, x: Float[Tensor, "b n d"], where: Segments | Groups | None
+    ) -> Float[Tensor, "b n d"]:
+        if self.recompute and self.training:
+            out: Tensor = recomputed(block, x, None, where)
+        else:
+            out = block(x, None, where)
+        return out
 
     def embed(
         self, images: Float[Tensor, "b c height width"] | Altered, grid: Grid

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from modules.backbones.layers import MLP, BlockStyle
 from modules.backbones.positions import Positions
+from modules.backbones.recomputed import recomputed
 from modules.backbones.resampling import sincos1d
 from modules.backbones.stem import StemViT
 
@@ -101,9 +102,20 @@ def unfold_on_xla(
     return F.conv2d(x, weight, None, stride, margin, dilation, channels).flatten(2)
 
 
+def split_into(
+    x: Float[Tensor, "b c height width"], split: tuple[int, int, int], layer: nn.Module
+) -> Float[Tensor, "b n d"]:
+    """What a layer makes of overlapping windows, `split` as in `SPLITS`."""
+    side, stride, margin = split
+    unfolded = unfold_on_xla if x.device.type == "xla" else F.unfold
+    tokens: Tensor = layer(unfolded(x, side, 1, margin, stride).mT)
+    return tokens
+
+
 class TokensToToken(nn.Module):
-    def __init__(self, in_channels: int, dim: int, is_exact: bool) -> None:
+    def __init__(self, in_channels: int, dim: int, is_exact: bool, recompute: bool) -> None:
         super().__init__()
+        self.recompute = recompute
         areas = [side * side for side, *_ in SPLITS]
         self.attention1 = Mixing(in_channels * areas[0], is_exact)
         self.attention2 = Mixing(TOKEN_DIM * areas[1], is_exact)
@@ -111,11 +123,13 @@ class TokensToToken(nn.Module):
 
     def forward(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b n d"]:
         x = images
-        steps = (self.attention1, self.attention2, self.project)
-        for (side, stride, margin), step in zip(SPLITS, steps, strict=True):
-            rows = x.shape[2] // stride
-            unfolded = unfold_on_xla if x.device.type == "xla" else F.unfold
-            tokens: Tensor = step(unfolded(x, side, 1, margin, stride).mT)
+        layers = (self.attention1, self.attention2, self.project)
+        for split, layer in zip(SPLITS, layers, strict=True):
+            rows = x.shape[2] // split[1]
+            if self.recompute and self.training:
+                tokens: Tensor = recomputed(split_into, x, split, layer)
+            else:
+                tokens = split_into(x, split, layer)
             x = rearrange(tokens, "b (y x) d -> b d y x", y=rows)
         return tokens
 
@@ -126,6 +140,8 @@ class T2TViT(StemViT):
     Args:
         variant: from `VARIANTS`: mu (toy), 7, 10, 12, 14, 19, 24, or t_14, t_19, t_24.
         image_size, in_channels, drop_path, depth: as in `ViT`.
+        recompute: keep only the input of every block and of every layer that makes tokens for the
+            backward pass, and compute them again in it (gradient checkpointing).
 
     Raises:
         ValueError: unknown variant, and as `ViT`.
@@ -138,6 +154,7 @@ class T2TViT(StemViT):
         in_channels: int = 3,
         drop_path: float = 0.0,
         depth: int | None = None,
+        recompute: bool = False,
     ) -> None:
         if variant not in VARIANTS:
             raise ValueError(f"unknown T2T-ViT {variant!r}; known: {', '.join(VARIANTS)}")
@@ -154,7 +171,8 @@ class T2TViT(StemViT):
             embed_dim=size.embed_dim,
             num_heads=size.num_heads,
             mlp_dim=size.mlp_ratio * size.embed_dim,
+            recompute=recompute,
         )
         for table in self.positions.requires_grad_(False).parameters():  # type: ignore[union-attr]
             table.data.copy_(sincos1d(*table.shape[1:]))
-        self.use_stem(TokensToToken(in_channels, size.embed_dim, size.is_exact), "dino")
+        self.use_stem(TokensToToken(in_channels, size.embed_dim, size.is_exact, recompute), "dino")

@@ -133,17 +133,12 @@ def test_any_size(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["twins_svt", "twins_pcpvt", "twins_svt_compact"])
-def test_every_parameter_learns_and_recomputing_changes_nothing(family: str) -> None:
-    found = []
-    for recompute in (False, True):
-        network = randomised(create(family, variant="mu", recompute=recompute))
-        torch.manual_seed(1)
-        network(torch.randn(2, 3, 256, 288)).pooled.square().sum().backward()
-        found.append({key: parameter.grad for key, parameter in network.named_parameters()})
-    for key, grad in found[0].items():
-        assert grad is not None, key
-        torch.testing.assert_close(grad, found[1][key], msg=key)
-        assert grad.abs().sum() > 0, key
+def test_every_parameter_learns(family: str) -> None:
+    network = randomised(create(family, variant="mu"))
+    network(torch.randn(2, 3, 256, 288)).pooled.square().sum().backward()
+    for key, parameter in network.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.abs().sum() > 0, key
 
 
 def test_places_beyond_the_edge_are_not_seen() -> None:
