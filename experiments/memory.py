@@ -1,7 +1,7 @@
 """What a device has to hold while it trains, from shapes alone."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from datamodules.multicrop import MultiCropDataModule
 from datamodules.one_size import OneSizeDataModule
-from modules.backbones import Backbone, resampling
+from modules.backbones import Backbone, Timm, resampling
+from modules.backbones.recomputed import Call, noting_calls
 from modules.mae import Autoencoder
 from modules.networks import AroundBackbone
 from modules.optim import Optimization
@@ -146,34 +147,38 @@ def bytes_kept(network: Autoencoder | Backbone, groups: list[Tensor], is_half: b
     Where blocks are computed again in it, those that the largest one saves then come on top.
     """
     network.train()
-    calls: list[tuple[Any, ...]] = []
     backbone = backbone_of(network)
-    again = units(backbone) if getattr(backbone, "recompute", False) else []
-    hooks = [
-        block.register_forward_pre_hook(lambda *call: calls.append(call), with_kwargs=True)
-        for block in again
-    ]
     inputs: list[Any] = [groups if len(groups) > 1 else groups[0]]
     if isinstance(network, Autoencoder):
         inputs.append(network.mask(inputs[0], torch.arange(len(inputs[0]))))
     half = torch.autocast("cpu", torch.bfloat16) if is_half else contextlib.nullcontext()
     with half:
-        kept = sum(saved(network, *inputs).values())
-        for hook in hooks:
-            hook.remove()
+        with noting_calls() as calls, of_timms_blocks(backbone, calls):
+            kept = sum(saved(network, *inputs).values())
         return kept + max((computed_again(*call) for call in calls), default=0)
 
 
-def computed_again(block: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> int:
-    """Bytes that a block saves beside its inputs, which are kept already."""
-    found = saved(block, *inputs, **options)
-    given = [leaf for leaf in tree_leaves((inputs, options)) if isinstance(leaf, Tensor)]
+@contextlib.contextmanager
+def of_timms_blocks(backbone: Backbone, calls: list[Call]) -> Iterator[None]:
+    """Note those of blocks that timm computes again as well."""
+    again = units(backbone) if isinstance(backbone, Timm) and backbone.recompute else []
+    hooks = [block.register_forward_pre_hook(lambda *call: calls.append(call)) for block in again]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def computed_again(function: Callable[..., Any], inputs: tuple[Any, ...]) -> int:
+    """Bytes that a function saves beside its inputs, which are kept already."""
+    given = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
     known = {tensor.untyped_storage()._cdata for tensor in given}
-    return sum(size for storage, size in found.items() if storage not in known)
+    return sum(size for key, size in saved(function, *inputs).items() if key not in known)
 
 
-def saved(module: nn.Module, *inputs: Any, **options: Any) -> dict[int, int]:
-    """Bytes of the distinct storages that a forward pass of a module saves for its backward."""
+def saved(function: Callable[..., Any], *inputs: Any) -> dict[int, int]:
+    """Bytes of the distinct storages that a module or function saves for its backward pass."""
     storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -182,6 +187,6 @@ def saved(module: nn.Module, *inputs: Any, **options: Any) -> dict[int, int]:
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        out: Any = module(*inputs, **options)
+        out: Any = function(*inputs)
     del out
     return storages

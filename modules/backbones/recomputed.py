@@ -3,11 +3,26 @@
 "Training Deep Nets with Sublinear Memory Cost" (Chen et al. 2016).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+Call = tuple[Callable[..., Any], tuple[Any, ...]]  # a function and its arguments
+noted: list[Call] | None = None  # while somebody asks for them
+
+
+@contextmanager
+def noting_calls() -> Iterator[list[Call]]:
+    """What is given to `recomputed` meanwhile."""
+    global noted
+    noted, before = [], noted
+    try:
+        yield noted
+    finally:
+        noted = before
 
 
 def recomputed(
@@ -25,6 +40,8 @@ def recomputed(
         others: further arguments.
         draws_numbers: the function draws random numbers, which are to be the same again.
     """
+    if noted is not None:
+        noted.append((function, (x, *others)))
     if x.device.type != "xla":
         return checkpoint(
             *(function, x, *others), use_reentrant=False, preserve_rng_state=draws_numbers
