@@ -32,6 +32,7 @@ import platform
 import subprocess
 import sys
 import warnings
+from errno import EACCES, EPERM, EROFS
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -364,6 +365,14 @@ def raised_by_us(error: BaseException | None) -> BaseException | None:
     return None
 
 
+def refused_by_the_disk(error: BaseException) -> str | None:
+    """What a user may not write or read; None where that is not what went wrong."""
+    if not isinstance(error, OSError) or error.errno not in (EACCES, EPERM, EROFS):
+        return None
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{error.strerror}; see who may write there, or name another with --runs"
+
+
 def main() -> int:
     """Entry point of the console command; returns its exit code."""
     arguments = sys.argv[1:]
@@ -384,7 +393,7 @@ def main() -> int:
         print("patchlight: interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        ours = raised_by_us(error)
+        ours = raised_by_us(error) or refused_by_the_disk(error)
         if ours is None:
             raise
         print(f"patchlight: {ours}", file=sys.stderr)

@@ -24,7 +24,7 @@ from datamodules.one_size import OneSizeDataModule
 from datamodules.packed import PackedDataModule
 from datamodules.placed import limited
 from datamodules.sampling import Groups, TrainBatches, run_seed
-from datamodules.sources import Grouped
+from datamodules.sources import Grouped, Source
 from experiments.memory import Memory, activations, memory_of
 from experiments.start import take_weights
 from modules.optim import Optimization, peak
@@ -83,7 +83,7 @@ def plan(arguments: Sequence[str]) -> int:
     _, *rest = take_weights(["fit", *rest])
     with torch.device("meta"):
         recipe = read(rest)
-    source = None if given.images else recipe.data.open("train")
+    source = None if given.images else training_set(recipe)
     images = given.images or len(source or ())
     if given.shards is not None:
         groups = source.groups if isinstance(source, Grouped) else None
@@ -95,6 +95,17 @@ def plan(arguments: Sequence[str]) -> int:
     console.print(table(recipe, images, devices, memories, an_image))
     console.print(f"{images:,} images. {told(recipe, devices[0], memories, an_image)}")
     return 0
+
+
+def training_set(recipe: Recipe) -> Source:
+    """
+    Raises:
+        ValueError: it is not at hand.
+    """
+    try:
+        return recipe.data.open("train")
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"{error}; or say with --images N how many images it will have") from error
 
 
 def told(recipe: Recipe, devices: int, memories: Sequence[Memory], an_image: float) -> str:

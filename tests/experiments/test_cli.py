@@ -161,6 +161,25 @@ def test_an_interrupted_verb_leaves_without_a_traceback(
     assert capsys.readouterr().err == "patchlight: interrupted\n"
 
 
+def test_a_directory_that_must_not_be_written_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(arguments: list[str]) -> int:
+        raise PermissionError(13, "Permission denied", "runs/mine")
+
+    monkeypatch.setitem(cli.VERBS, "shard", refuse)
+    monkeypatch.setattr("sys.argv", ["patchlight", "shard"])
+    assert cli.main() == 1
+    assert capsys.readouterr().err.startswith("patchlight: runs/mine: Permission denied; see who")
+
+    def fail(arguments: list[str]) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setitem(cli.VERBS, "shard", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        cli.main()
+
+
 @pytest.mark.slow
 def test_two_processes_evaluate_like_one(finished: tuple[Path, str], tmp_path: Path) -> None:
     """Seven images in batches of two over two ranks: a half-empty batch and an odd number."""

@@ -354,3 +354,5 @@ def test_packs_and_nonsense_are_refused() -> None:
         plan([*RECIPE, *sharded, "--model.init_args.optimizer.name=lamb"])
     with pytest.raises(ValueError, match=r"callbacks\.Pictures looks into blocks"):
         plan([*RECIPE, *sharded, "--trainer.callbacks+=callbacks.Pictures"])
+    with pytest.raises(ValueError, match=r"data/imagenet.* or say with --images N how many"):
+        plan(RECIPE)
