@@ -14,7 +14,7 @@ seeding.py      StepSeed        one seed a step
 stopping.py     Stopping        SIGTERM, after the same step on all devices
 throughput.py   Throughput      images and tokens per second, utilisation, waiting, memory
 
-and what they share with methods: `standardize`, `tally`.
+and what they share with methods and commands: `checkpoint_files`, `standardize`, `tally`.
 """
 
 from callbacks.checkpoint import Checkpoint

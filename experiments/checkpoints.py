@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from callbacks.checkpoint import read_checkpoint
+from callbacks.checkpoint_files import read_checkpoint
 from experiments.subject import backbone_kept_in
 from modules import weights
 from modules.backbones import Backbone, LVViT

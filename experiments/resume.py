@@ -14,7 +14,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
 
-from callbacks.checkpoint import BEFORE, LAST, newest, read_checkpoint
+from callbacks.checkpoint_files import BEFORE, LAST, newest, read_checkpoint
 from experiments.runs import differences
 from experiments.start import CONFIG, take, take_weights
 

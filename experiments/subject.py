@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 from torch import nn
 
-from callbacks.checkpoint import read_checkpoint
+from callbacks.checkpoint_files import read_checkpoint
 from datamodules.module import IMAGENET_MEAN, IMAGENET_STD
 from modules.backbones import Backbone, BlockStyle, Positions, Timm
 from modules.weights import load_backbone, open_source

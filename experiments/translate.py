@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from callbacks.checkpoint import read_checkpoint
+from callbacks.checkpoint_files import read_checkpoint
 from modules import Seq2Seq, Transformer
 from modules.decoding import Search
 from modules.translation import KEY, translate_texts

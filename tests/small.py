@@ -8,7 +8,8 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
-from callbacks.checkpoint import AtomicCheckpointIO, Checkpoint
+from callbacks.checkpoint import Checkpoint
+from callbacks.checkpoint_files import AtomicCheckpointIO
 from callbacks.seeding import StepSeed
 from datamodules import ImageDataModule
 from modules import Supervised

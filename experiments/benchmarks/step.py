@@ -35,7 +35,7 @@ from rich.table import Table
 from torch import nn
 
 from callbacks import AugmentedBatch, Checkpoint, FiniteLoss, StepSeed, Throughput
-from callbacks.checkpoint import AtomicCheckpointIO
+from callbacks.checkpoint_files import AtomicCheckpointIO
 from datamodules import ImageDataModule
 from datamodules.sources import Example, Source
 from modules import Supervised

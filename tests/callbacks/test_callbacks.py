@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import nn
 
 from callbacks import Checkpoint, FiniteLoss
-from callbacks.checkpoint import read_checkpoint
+from callbacks.checkpoint_files import read_checkpoint
 from callbacks.ema import Average, advance
 from callbacks.pictures import for_display
 from tests import small

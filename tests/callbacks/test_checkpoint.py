@@ -14,13 +14,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import callbacks.checkpoint
-from callbacks.checkpoint import (
-    AtomicCheckpointIO,
-    Checkpoint,
-    newest,
-    not_primitive,
-    read_checkpoint,
-)
+from callbacks.checkpoint import Checkpoint
+from callbacks.checkpoint_files import AtomicCheckpointIO, newest, not_primitive, read_checkpoint
 from modules import Supervised
 from tests import small
 from tests.runs import differences

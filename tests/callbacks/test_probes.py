@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from callbacks import OnlineProbe
-from callbacks.checkpoint import read_checkpoint
+from callbacks.checkpoint_files import read_checkpoint
 from callbacks.standardize import Standardize
 from datamodules.batch import ImageBatch, Mixed
 from modules.backbones import ViT

@@ -10,7 +10,7 @@ import timm
 import torch
 import yaml
 
-from callbacks.checkpoint import read_checkpoint
+from callbacks.checkpoint_files import read_checkpoint
 from experiments.checkpoints import build_method, export, inspect
 from modules import weights
 from modules.backbones import BlockStyle, Positions, ViT

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from callbacks import FiniteLoss
-from callbacks.checkpoint import AtomicCheckpointIO, read_checkpoint
+from callbacks.checkpoint_files import AtomicCheckpointIO, read_checkpoint
 from datamodules.placed import WaitedLoader
 from tests import small
 from tests.experiments.test_resume import same_end

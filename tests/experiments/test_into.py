@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from callbacks.checkpoint import read_checkpoint
+from callbacks.checkpoint_files import read_checkpoint
 from experiments.resume import begin
 from modules import Supervised
 from tests.experiments.test_recipes import fit

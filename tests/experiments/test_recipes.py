@@ -10,7 +10,7 @@ import timm
 import torch
 import yaml
 
-from callbacks.checkpoint import read_checkpoint
+from callbacks.checkpoint_files import read_checkpoint
 from datamodules.sources import open_source
 from experiments import cli
 from experiments.resume import begin

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from callbacks.checkpoint import read_checkpoint
+from callbacks.checkpoint_files import read_checkpoint
 from tests.datamodules.test_folder import tree
 from tests.runs import TINY, differences, last_checkpoint, logged_losses, only_run, patchlight
 

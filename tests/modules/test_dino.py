@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from safetensors.torch import load_file
 from torch import Tensor
 
-from callbacks.checkpoint import read_checkpoint
+from callbacks.checkpoint_files import read_checkpoint
 from callbacks.pictures import Pictures
 from modules.dino_network import Head
 from modules.schedules import dino_cosine, warmup_cosine

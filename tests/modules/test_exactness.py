@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from callbacks.checkpoint import AtomicCheckpointIO
+from callbacks.checkpoint_files import AtomicCheckpointIO
 from modules.optim import Optimization
 from tests import small
 from tests.runs import differences

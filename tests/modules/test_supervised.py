@@ -12,7 +12,7 @@ from timm.data.mixup import mixup_target
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models.deit import VisionTransformerDistilled
 
-from callbacks.checkpoint import read_checkpoint
+from callbacks.checkpoint_files import read_checkpoint
 from callbacks.tally import Tally
 from datamodules.batch import ImageBatch, Mixed
 from modules import Supervised
