@@ -1,5 +1,6 @@
 """What all data modules share: a place in the order of the data that a run goes on from."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -51,6 +52,16 @@ class WaitedLoader(DataLoader[Batch]):
             finally:
                 self.waited += time.perf_counter() - started
             yield batch
+
+
+def stand_apart(worker: int) -> None:
+    """Give a process that loads data a group of its own.
+
+    SLURM, `timeout` and Ctrl-C signal all of a group. The run is to stop then as it does, with a
+    checkpoint, and not because its loading processes have ended first.
+    """
+    if hasattr(os, "setpgid"):  # not on Windows
+        os.setpgid(0, 0)
 
 
 def limited(length: int, limit: float) -> int:
@@ -123,6 +134,7 @@ class PlacedDataModule(LightningDataModule):
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=stand_apart,
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import BatchSampler, Dataset
 
 from callbacks import FiniteLoss
 from callbacks.checkpoint_files import AtomicCheckpointIO, read_checkpoint
-from datamodules.placed import WaitedLoader
+from datamodules.placed import PlacedDataModule, WaitedLoader
 from tests import small
 from tests.experiments.test_resume import same_end
 from tests.runs import ROOT, TINY, environment, last_checkpoint, only_run, patchlight
@@ -108,6 +108,24 @@ def test_a_killed_loading_process_is_an_error_that_says_so() -> None:
     loader: Any = WaitedLoader(Doomed(), num_workers=1)
     with pytest.raises(ValueError, match=r"loads data ended .*num_workers to less than 1"):
         next(iter(loader))
+
+
+class Groups(Dataset[tuple[int, int]]):
+    """The process that loads, and its group."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        return os.getpid(), os.getpgid(0)
+
+
+def test_a_signal_to_the_group_of_a_run_spares_those_that_load() -> None:
+    """Else they would end before the run has written its checkpoint."""
+    data = PlacedDataModule()
+    data.num_workers = 1
+    ((process, group),) = data.loader(Groups(), BatchSampler([0], 1, False), lambda items: items[0])
+    assert process == group != os.getpgid(0)
 
 
 @pytest.mark.slow
