@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from datamodules.multicrop import MultiCropDataModule
 from datamodules.one_size import OneSizeDataModule
-from modules.backbones import Backbone, Timm, resampling
+from modules.backbones import Backbone, Timm
 from modules.backbones.recomputed import Call, noting_calls
 from modules.mae import Autoencoder
 from modules.networks import AroundBackbone
@@ -111,8 +111,8 @@ def activations(method: LightningModule, data: OneSizeDataModule, is_half: bool)
         views = [(2, side), (data.num_local, data.local_size)]
     kept = []
     # Unlike those on the meta device, fake tensors of a CPU know autocast.
-    # Tables that are kept for later must be no fakes.
-    with kept_apart(), FakeTensorMode(allow_non_fake_inputs=True):
+    # Tables of constants are none.
+    with FakeTensorMode(allow_non_fake_inputs=True):
         trained.to_empty(device="cpu")
         for images in (1, 2):
             groups = [
@@ -122,19 +122,6 @@ def activations(method: LightningModule, data: OneSizeDataModule, is_half: bool)
             ]
             kept.append(bytes_kept(trained, groups, is_half))
     return float(kept[1] - kept[0])
-
-
-@contextlib.contextmanager
-def kept_apart() -> Iterator[None]:
-    """What is cached within is forgotten, and what was before is not used."""
-    caches = [f for f in vars(resampling).values() if hasattr(f, "cache_clear")]
-    for cache in caches:
-        cache.cache_clear()
-    try:
-        yield
-    finally:
-        for cache in caches:
-            cache.cache_clear()
 
 
 def backbone_of(network: Autoencoder | Backbone) -> Backbone:

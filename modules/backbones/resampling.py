@@ -1,6 +1,5 @@
 """Position tables of one grid brought to another, and tables that are computed."""
 
-from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -9,6 +8,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from modules.backbones.tables import table
+
 Grid = tuple[int, int]
 Resampling = Literal["antialias", "bicubic", "dino", "bilinear"]
 
@@ -16,44 +17,34 @@ Resampling = Literal["antialias", "bicubic", "dino", "bilinear"]
 MAX_GRID = 128
 
 
-@lru_cache(maxsize=256)
+@table
 def axis_matrix(
     old: int, new: int, how: Resampling, device: torch.device
 ) -> Float[Tensor, "new old"]:
     """The linear map that takes `old` samples on a line to `new` ones, in float32."""
     # Two columns wide: torch's antialiased bicubic is wrong for images one pixel wide (torch 2.15).
     line = torch.eye(old).reshape(1, old, old, 1).repeat(1, 1, 1, 2)
-    with torch.inference_mode(False), torch.no_grad():
-        if how == "bilinear":
-            out = F.interpolate(line, (new, 2), mode="bilinear", align_corners=True)
-        elif how == "dino":
-            out = F.interpolate(line, scale_factor=((new + 0.1) / old, 1.0), mode="bicubic")
-        else:
-            out = F.interpolate(line, (new, 2), mode="bicubic", antialias=how == "antialias")
-        return out[0, :, :, 0].T.contiguous().to(device)
+    if how == "bilinear":
+        out = F.interpolate(line, (new, 2), mode="bilinear", align_corners=True)
+    elif how == "dino":
+        out = F.interpolate(line, scale_factor=((new + 0.1) / old, 1.0), mode="bicubic")
+    else:
+        out = F.interpolate(line, (new, 2), mode="bicubic", antialias=how == "antialias")
+    return out[0, :, :, 0].T.contiguous().to(device)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@table
 def axis_bank(old: int, how: Resampling, device: torch.device) -> Float[Tensor, "sizes places old"]:
     """`axis_matrix` of every size up to `MAX_GRID`, below each other; at size 0 no resampling.
 
-    With it the size of each image's own grid is an index and no shape. A compiler takes it as a
-    constant: it would trace through a cache.
+    With it the size of each image's own grid is an index and no shape.
     """
-    return made_axis_bank(old, how, device)
-
-
-@lru_cache(maxsize=64)
-def made_axis_bank(
-    old: int, how: Resampling, device: torch.device
-) -> Float[Tensor, "sizes places old"]:
-    with torch.inference_mode(False), torch.no_grad():
-        bank = torch.zeros(MAX_GRID + 1, MAX_GRID, old)
-        for size in range(1, MAX_GRID + 1):
-            bank[size, :size] = axis_matrix(old, size, how, torch.device("cpu"))
-        kept = min(old, MAX_GRID)
-        bank[0, :kept] = torch.eye(old)[:kept]
-        return bank.to(device)
+    bank = torch.zeros(MAX_GRID + 1, MAX_GRID, old)
+    for size in range(1, MAX_GRID + 1):
+        bank[size, :size] = axis_matrix(old, size, how, torch.device("cpu"))
+    kept = min(old, MAX_GRID)
+    bank[0, :kept] = torch.eye(old)[:kept]
+    return bank.to(device)
 
 
 def resample_grid(
@@ -97,7 +88,7 @@ def resample_table(
     return torch.cat((prefix, patches))[None]
 
 
-@lru_cache(maxsize=64)
+@table
 def sincos2d(dim: int, grid: Grid, big_vision: bool = False) -> Float[Tensor, "n d"]:
     """[sin(w x), cos(w x), sin(w y), cos(w y)] for column x and row y of every patch.
 
@@ -109,10 +100,9 @@ def sincos2d(dim: int, grid: Grid, big_vision: bool = False) -> Float[Tensor, "n
     if dim % 4 or dim == 4:
         raise ValueError(f"width {dim} is no multiple of 4 above 4, as sin-cos positions need")
     quarter = dim // 4
-    # On the CPU whatever the default device is, which the cache knows nothing of.
-    made: Any = {"dtype": torch.float64, "device": "cpu"}
-    steps = torch.arange(quarter, **made) / (quarter - big_vision)
-    y, x = torch.meshgrid(*(torch.arange(size, **made) for size in grid), indexing="ij")
+    steps = torch.arange(quarter, dtype=torch.float64) / (quarter - big_vision)
+    places = (torch.arange(size, dtype=torch.float64) for size in grid)
+    y, x = torch.meshgrid(*places, indexing="ij")
     angles = [place.reshape(-1, 1) * 10000.0**-steps for place in (x, y)]
     waves = [wave(angle) for angle in angles for wave in (torch.sin, torch.cos)]
     return torch.cat(waves, dim=1).float()
@@ -126,15 +116,7 @@ def sincos1d(count: int, dim: int) -> Float[Tensor, "n d"]:
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)[:, :dim].float()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@table
 def wave_bank(dim: int, big_vision: bool, device: torch.device) -> Float[Tensor, "places half"]:
     """Half of a row of `sincos2d` for every row or column up to `MAX_GRID`."""
-    return made_wave_bank(dim, big_vision, device)
-
-
-@lru_cache(maxsize=64)
-def made_wave_bank(
-    dim: int, big_vision: bool, device: torch.device
-) -> Float[Tensor, "places half"]:
-    with torch.inference_mode(False), torch.no_grad():
-        return sincos2d(dim, (1, MAX_GRID), big_vision)[:, : dim // 2].to(device)
+    return sincos2d(dim, (1, MAX_GRID), big_vision)[:, : dim // 2].to(device)

@@ -23,7 +23,6 @@ does not shift. Where windows do not divide a map, they go over its edge (`paddi
 import math
 import re
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -45,6 +44,7 @@ from modules.backbones.pyramid import (
     run_block,
 )
 from modules.backbones.resampling import Grid
+from modules.backbones.tables import table
 from modules.backbones.vit import check_choice
 from modules.backbones.window_attention import attend_windows, for_all
 from modules.backbones.windows import (
@@ -155,21 +155,15 @@ class CosineAttention(WindowAttention):
         return out
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@table
 def log_offsets(window: Grid, pretrained: Grid, device: torch.device) -> Float[Tensor, "n 2"]:
     """Offsets within a window, sign(c) log2(|8 c| + 1) / 3 with c = 1 at the farthest."""
-    return made_log_offsets(window, pretrained, device)
-
-
-@lru_cache(maxsize=64)
-def made_log_offsets(window: Grid, pretrained: Grid, device: torch.device) -> Float[Tensor, "n 2"]:
-    with torch.inference_mode(False):
-        axes = [
-            torch.arange(1 - side, side, dtype=torch.float32, device="cpu") / max(1, farthest - 1)
-            for side, farthest in zip(window, pretrained, strict=True)
-        ]
-        offsets = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
-        return (offsets.sign() * torch.log2((8 * offsets).abs() + 1) / 3).to(device)
+    axes = [
+        torch.arange(1 - side, side, dtype=torch.float32) / max(1, farthest - 1)
+        for side, farthest in zip(window, pretrained, strict=True)
+    ]
+    offsets = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
+    return (offsets.sign() * torch.log2((8 * offsets).abs() + 1) / 3).to(device)
 
 
 class SwinBlock(nn.Module):

@@ -6,7 +6,6 @@ they stay in the order of the last windows, and go to that of the next with one 
 What goes where is worked out once for every pair of orders with einops, on numbers of tokens.
 """
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from modules.backbones.resampling import Grid
+from modules.backbones.tables import table
 
 EMPTY = -1
 
@@ -58,8 +58,8 @@ def slots(order: Order) -> Int[Tensor, "windows places"]:
     """The token in each place of each window, by its number row by row; EMPTY for none."""
     (rows, columns), (down, across) = order.grid, order.window
     up_and_left = (-order.shift[0], -order.shift[1])
-    tokens = torch.arange(rows * columns, device="cpu").view(rows, columns)
-    full = torch.full((order.windows[0] * down, order.windows[1] * across), EMPTY, device="cpu")
+    tokens = torch.arange(rows * columns).view(rows, columns)
+    full = torch.full((order.windows[0] * down, order.windows[1] * across), EMPTY)
     full[:rows, :columns] = tokens.roll(up_and_left, (0, 1)) if order.rolls_map else tokens
     full = full if order.rolls_map else full.roll(up_and_left, (0, 1))
     return rearrange(full, "(y p) (x q) -> (y x) (p q)", p=down, q=across)
@@ -82,7 +82,7 @@ def merged_slots(fine: Grid, coarse: Order, how: Merging) -> Int[Tensor, "tokens
     A map that squares do not divide goes on with EMPTY below and to the right.
     """
     side, (rows, columns) = how.side, coarse.grid
-    full = torch.full((rows * side, columns * side), EMPTY, device="cpu")
+    full = torch.full((rows * side, columns * side), EMPTY)
     full[: fine[0], : fine[1]] = slots(row_by_row(fine)).view(fine)
     inner = "(q p)" if how.columns_first else "(p q)"
     parts = rearrange(full, f"(y p) (x q) -> (y x) {inner}", p=side, q=side)
@@ -111,8 +111,8 @@ def moving(source: Int[Tensor, "*a"], target: Int[Tensor, "*b"], device: torch.d
     """From one list of tokens to another, each of which has every token once at most."""
 
     def rows(have: Tensor, want: Tensor) -> Rows:
-        places = torch.full((max(len(have), len(want)) + 1,), EMPTY, device="cpu")
-        places[have] = torch.arange(len(have), device="cpu")
+        places = torch.full((max(len(have), len(want)) + 1,), EMPTY)
+        places[have] = torch.arange(len(have))
         places[EMPTY] = EMPTY
         index = places[want]
         zeros = (index == EMPTY).nonzero().flatten().to(device)
@@ -122,32 +122,19 @@ def moving(source: Int[Tensor, "*a"], target: Int[Tensor, "*b"], device: torch.d
     return Move(rows(source, target), rows(target, source))
 
 
-# Below, what a compiler takes as constants: it would trace through the caches. They hold what a
-# network needs for images of some sizes, tables of some kilobytes each. Orders reach them as plain
-# tuples: named ones come out of the compiler (torch 2.15) with their fields nested.
+# What `reorder` and `merge` take as plain tuples: see `table`.
 Plain = tuple[Any, ...]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@table
 def move_between(source: Plain, target: Plain, device: torch.device) -> Move:
-    return made_move(Order(*source), Order(*target), device)
+    return moving(slots(Order(*source)), slots(Order(*target)), device)
 
 
-@lru_cache(maxsize=512)
-def made_move(source: Order, target: Order, device: torch.device) -> Move:
-    with torch.inference_mode(False):
-        return moving(slots(source), slots(target), device)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@table
 def merge_into(source: Plain, target: Plain, how: Plain, device: torch.device) -> Move:
-    return made_merge(Order(*source), Order(*target), Merging(*how), device)
-
-
-@lru_cache(maxsize=128)
-def made_merge(source: Order, target: Order, how: Merging, device: torch.device) -> Move:
-    with torch.inference_mode(False):
-        return moving(slots(source), merged_slots(source.grid, target, how), device)
+    fine, coarse = Order(*source), Order(*target)
+    return moving(slots(fine), merged_slots(fine.grid, coarse, Merging(*how)), device)
 
 
 class Take(torch.autograd.Function):
@@ -210,59 +197,45 @@ def window_mask(
     with `hides_empty` they are a region of their own. A place always sees itself, so -inf is safe,
     where the published -100 lets large scores through.
     """
-    mask: Tensor | None = constant_mask(tuple(order), hides_empty, device)
-    return mask
+    return constant_mask(tuple(order), hides_empty, device)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@table
 def constant_mask(
-    order: Plain, hides_empty: bool, device: torch.device
+    plain: Plain, hides_empty: bool, device: torch.device
 ) -> Float[Tensor, "windows 1 n n"] | None:
-    return made_mask(Order(*order), hides_empty, device)
-
-
-@lru_cache(maxsize=128)
-def made_mask(
-    order: Order, hides_empty: bool, device: torch.device
-) -> Float[Tensor, "windows 1 n n"] | None:
+    order = Order(*plain)
     if order.shift == (0, 0) and (order.is_full or not hides_empty):
         return None
-    with torch.inference_mode(False):
-        axes = [
-            regions(count * side, side, shift)
-            for count, side, shift in zip(order.windows, order.window, order.shift, strict=True)
-        ]
-        down, across = order.window
-        region = rearrange(
-            3 * axes[0][:, None] + axes[1], "(y p) (x q) -> (y x) (p q)", p=down, q=across
-        )
-        if hides_empty:
-            region = torch.where(slots(order) == EMPTY, EMPTY, region)
-        hidden = region[:, None, :, None] != region[:, None, None, :]
-        return torch.zeros(hidden.shape, device="cpu").masked_fill(hidden, -torch.inf).to(device)
+    axes = [
+        regions(count * side, side, shift)
+        for count, side, shift in zip(order.windows, order.window, order.shift, strict=True)
+    ]
+    down, across = order.window
+    region = rearrange(
+        3 * axes[0][:, None] + axes[1], "(y p) (x q) -> (y x) (p q)", p=down, q=across
+    )
+    if hides_empty:
+        region = torch.where(slots(order) == EMPTY, EMPTY, region)
+    hidden = region[:, None, :, None] != region[:, None, None, :]
+    return torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf).to(device)
 
 
 def regions(length: int, window: int, shift: int) -> Int[Tensor, " length"]:
     """0 for the places before the last window, 1 in it, 2 for those rolled over the edge."""
-    place = torch.arange(length, device="cpu")
+    place = torch.arange(length)
     return (place >= length - window).long() + (place >= length - shift).long() * (shift > 0)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@table
 def offset_index(window: Grid, largest: Grid, device: torch.device) -> Int[Tensor, "n n"]:
     """Which row of a table of (2 rows - 1) x (2 columns - 1) offsets two places of a window have.
 
     `largest` is the window that the table is for. Numbers are (dy + rows - 1)(2 columns - 1) +
     dx + columns - 1, from query to key.
     """
-    return made_offset_index(window, largest, device)
-
-
-@lru_cache(maxsize=256)
-def made_offset_index(window: Grid, largest: Grid, device: torch.device) -> Int[Tensor, "n n"]:
-    with torch.inference_mode(False):
-        y, x = torch.meshgrid(*(torch.arange(n, device="cpu") for n in window), indexing="ij")
-        y, x = y.flatten(), x.flatten()
-        down = y[:, None] - y[None, :] + largest[0] - 1
-        across = x[:, None] - x[None, :] + largest[1] - 1
-        return (down * (2 * largest[1] - 1) + across).to(device)
+    y, x = torch.meshgrid(*map(torch.arange, window), indexing="ij")
+    y, x = y.flatten(), x.flatten()
+    down = y[:, None] - y[None, :] + largest[0] - 1
+    across = x[:, None] - x[None, :] + largest[1] - 1
+    return (down * (2 * largest[1] - 1) + across).to(device)

@@ -1,5 +1,6 @@
 """What `plan` says is what a run does."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,24 @@ def test_a_recipe_may_take_its_backbone_from_weights(
     assert plan([*recipe, "--weights", str(path), "--devices=1"]) == 0
     weights = sum(p.nbytes for p in vit.parameters())
     assert f"{2 * weights / GIB:.2f} GiB of weights" in " ".join(capsys.readouterr().out.split())
+
+
+ONE_SIZE = [
+    path.relative_to(EXPERIMENTS).with_suffix("").as_posix()
+    for name in ("supervised", "lvvit", "mae", "dino", "moco")
+    for path in sorted((EXPERIMENTS / name).glob("*.yaml"))
+    if not path.stem.startswith(("relabel_", "smoke"))
+]
+
+
+@pytest.mark.parametrize("name", ONE_SIZE)
+def test_every_recipe_can_be_planned(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = ["--config", str(EXPERIMENTS / f"{name}.yaml"), "--images=1281167"]
+    assert plan([*recipe, "--devices=8"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    found = re.search(r"(\d+\.\d) MiB an image that backbone and decoder keep", said)
+    assert found is not None
+    assert float(found[1]) > 0
 
 
 def test_memory_is_that_of_the_networks() -> None:
