@@ -21,6 +21,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from datamodules.disk import sync_directory
+from datamodules.placed import lost_process
 
 LAST, BEFORE, BEST = "last.ckpt", "before.ckpt", "best.ckpt"
 PRIMITIVES = (bool, int, float, str, bytes, type(None))
@@ -104,7 +105,8 @@ class AtomicCheckpointIO(_WrappingCheckpointIO):
     TPUs takes no others than wrapping ones.
 
     Raises:
-        ValueError: the disk is full or refuses; what was saved before can still be loaded.
+        ValueError: the disk is full or refuses, or a process that loads data ended meanwhile; what
+            was saved before can still be loaded.
     """
 
     def save_checkpoint(
@@ -120,6 +122,8 @@ class AtomicCheckpointIO(_WrappingCheckpointIO):
         try:
             write(checkpoint, path)
         except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
+            if (lost := lost_process(error)) is not None:
+                raise ValueError(lost) from error
             disk = next(above for above in path.absolute().parents if above.is_dir())
             raise ValueError(
                 f"{path} could not be written ({first_line(error)}; "

@@ -42,16 +42,28 @@ class WaitedLoader(DataLoader[Batch]):
                     raise
                 raise ValueError(str(error).strip().split("\nValueError: ")[-1]) from error
             except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+                if (lost := lost_process(error)) is None:
                     raise
-                raise ValueError(
-                    f"a process that loads data ended ({' '.join(str(error).split())[:120]}), "
-                    f"most often for want of memory; set data.init_args.num_workers to less than "
-                    f"{self.num_workers}. `patchlight fit --resume RUN` goes on from last.ckpt"
-                ) from error
+                raise ValueError(lost) from error
             finally:
                 self.waited += time.perf_counter() - started
             yield batch
+
+
+def lost_process(error: BaseException | None) -> str | None:
+    """What to say if `error`, or one that led to it, is that a process that loads data ended.
+
+    Torch raises that from a signal handler: in the midst of whatever the run does.
+    """
+    while error is not None:
+        if isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error):
+            return (
+                f"a process that loads data ended ({' '.join(str(error).split())[:120]}), most "
+                f"often for want of memory; set data.init_args.num_workers to less, then go on "
+                f"with `patchlight fit --resume RUN`"
+            )
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def stand_apart(worker: int) -> None:

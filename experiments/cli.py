@@ -49,6 +49,7 @@ from callbacks.seeding import StepSeed
 from callbacks.stopping import Stopping
 from callbacks.throughput import Throughput
 from datamodules.check import main as check_data
+from datamodules.placed import lost_process
 from experiments.backbones import backbones
 from experiments.checkpoints import export, inspect
 from experiments.compare import compare
@@ -293,7 +294,7 @@ def main() -> int:
         print("patchlight: interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        ours = raised_by_us(error) or refused_by_the_disk(error)
+        ours = raised_by_us(error) or refused_by_the_disk(error) or lost_process(error)
         if ours is None:
             raise
         print(f"patchlight: {ours}", file=sys.stderr)

@@ -6,16 +6,18 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import BatchSampler, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from callbacks import FiniteLoss
 from callbacks.checkpoint_files import AtomicCheckpointIO, read_checkpoint
 from datamodules.placed import PlacedDataModule, WaitedLoader
+from experiments import cli
 from tests import small
 from tests.experiments.test_resume import same_end
 from tests.runs import ROOT, TINY, environment, last_checkpoint, only_run, patchlight
@@ -106,8 +108,41 @@ class Doomed(Dataset[int]):
 
 def test_a_killed_loading_process_is_an_error_that_says_so() -> None:
     loader: Any = WaitedLoader(Doomed(), num_workers=1)
-    with pytest.raises(ValueError, match=r"loads data ended .*num_workers to less than 1"):
+    with pytest.raises(ValueError, match=r"loads data ended .*num_workers to less"):
         next(iter(loader))
+
+
+def test_one_that_is_killed_while_a_checkpoint_is_written_is_not_taken_for_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, io = tmp_path / "last.ckpt", AtomicCheckpointIO()
+    io.save_checkpoint({"step": 1}, path)
+    batches: Any = iter(DataLoader(Groups(), num_workers=1))
+
+    def interrupted(*_: Any) -> None:
+        os.kill(batches._workers[0].pid, signal.SIGKILL)
+        time.sleep(60)  # until torch's handler of the signal ends it
+
+    monkeypatch.setattr("torch.save", interrupted)
+    with pytest.raises(ValueError, match=r"loads data ended .*Killed"):
+        io.save_checkpoint({"step": 2}, path)
+    assert read_checkpoint(path) == {"step": 1}
+    assert os.listdir(tmp_path) == ["last.ckpt"]
+
+
+def test_one_that_is_killed_at_any_time_is_an_error_that_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def step(arguments: list[str]) -> int:
+        batches: Any = iter(DataLoader(Groups(), num_workers=1))
+        os.kill(batches._workers[0].pid, signal.SIGKILL)
+        time.sleep(60)
+        return 0
+
+    monkeypatch.setitem(cli.VERBS, "relabel", step)
+    monkeypatch.setattr("sys.argv", ["patchlight", "relabel"])
+    assert cli.main() == 1
+    assert capsys.readouterr().err.startswith("patchlight: a process that loads data ended (")
 
 
 class Groups(Dataset[tuple[int, int]]):
