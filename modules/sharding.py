@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from callbacks.checkpoint_files import read_checkpoint
 from modules.networks import AroundBackbone
+from modules.synced import WholeBatchNorm
 
 UNIT = re.compile(r"(?:^|[._])blocks(?:\.\d+)+$")
 NOT_SHARDED = ("lars", "lamb")
@@ -69,6 +71,19 @@ class Sharded(ModelParallelStrategy):
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.share_statistics()
+
+    def on_validation_start(self) -> None:
+        self.share_statistics()
+
+    def share_statistics(self) -> None:
+        """Those of the first device, which checkpoints hold, to all, as DDP does."""
+        assert self.lightning_module is not None
+        if kept := own_statistics(self.lightning_module):
+            share: Any = distributed._broadcast_coalesced  # type: ignore[attr-defined]
+            share(distributed.group.WORLD, kept, 2**28, 0)
+
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
@@ -95,6 +110,16 @@ class Sharded(ModelParallelStrategy):
         for optimizer, saved in zip(self.optimizers, states, strict=True):
             take_state(optimizer, saved)
         return checkpoint
+
+
+def own_statistics(method: nn.Module) -> list[Tensor]:
+    """Running ones of batch norms, of which every device has its own."""
+    return [
+        buffer
+        for norm in method.modules()
+        if isinstance(norm, _BatchNorm) and not isinstance(norm, WholeBatchNorm | nn.SyncBatchNorm)
+        for buffer in norm.buffers()
+    ]
 
 
 def different_tensor(kept: dict[str, Tensor], own: dict[str, Tensor]) -> str | None:

@@ -1,5 +1,6 @@
 """Label maps and token labelling by the command: killed, resumed, on two processes."""
 
+import json
 import signal
 from pathlib import Path
 
@@ -79,11 +80,45 @@ def test_token_labelling_killed_and_resumed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_follow_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["ddp", "sharded"])
+def test_two_processes_follow_one(tmp_path: Path, strategy: str) -> None:
     """With the stem's batch norms over both, and pairs that no device shares with another."""
     more = ["--model.init_args.mix_tokens=pair", "--trainer.sync_batchnorm=true"]
     one, two = losses_on_one_and_two(
-        tmp_path, *arguments(tmp_path), *more, "--trainer.max_steps=20"
+        tmp_path, *arguments(tmp_path), *more, "--trainer.max_steps=20", strategy=strategy
     )
     assert len(one) == 20
     assert two == pytest.approx(one, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_batch_norms_that_are_not_synchronised_are_those_of_the_first_device(
+    tmp_path: Path,
+) -> None:
+    """In shards as with DDP, and what was logged is what the checkpoint gives."""
+    devices = ["--trainer.devices=2", "--data.init_args.batch_size=2"]
+    found = []
+    for strategy in ("ddp", "sharded"):
+        place = tmp_path / strategy
+        place.mkdir()
+        done = patchlight(
+            "fit", *arguments(tmp_path), *devices, f"--trainer.strategy={strategy}", cwd=place
+        )
+        assert done.returncode == 0, done.stderr
+        run = only_run(place)
+        figures = json.loads((run / "result.json").read_text())["metrics"]
+        kept = last_checkpoint(run)["state_dict"]
+        statistics = {name: value for name, value in kept.items() if "running_" in name}
+        assert statistics
+        found.append((logged_losses(run), figures, statistics))
+    (losses, figures, statistics), (sharded_losses, sharded_figures, sharded_statistics) = found
+    assert sharded_losses == pytest.approx(losses, abs=1e-5)
+    torch.testing.assert_close(sharded_statistics, statistics, atol=1e-5, rtol=1e-4)
+    evaluated = {name: value for name, value in figures.items() if name.startswith("val/")}
+    assert {name: sharded_figures[name] for name in evaluated} == pytest.approx(evaluated, abs=1e-5)
+    given = ["--config", str(run / "config.yaml")]
+    given += ["--ckpt_path", str(run / "checkpoints" / "last.ckpt"), "--trainer.devices=1"]
+    done = patchlight("validate", *given, "--trainer.strategy=auto", cwd=run)
+    assert done.returncode == 0, done.stderr
+    said = dict(line.split() for line in done.stdout.splitlines() if line.startswith("val/"))
+    assert {n: float(said[n]) for n in evaluated} == pytest.approx(evaluated, abs=1e-5)
