@@ -1,8 +1,9 @@
 """An index for tar files that others wrote in WebDataset's layout.
 
 Of every sample, the members of one tar file that share a name up to its first dot, the image is
-kept by where it lies, and its label read from KEY.cls (a number or a name) or from "label" or
-"cls" in KEY.json. What else there is, pickles above all, is never opened, only counted.
+kept by where it lies, and its label read from KEY.cls (a number or a name) or, where there is no
+such file, from "label" or "cls" in KEY.json. What else there is, pickles above all, is never
+opened, only counted.
 """
 
 import json
@@ -31,7 +32,7 @@ class Found(NamedTuple):
 
     images:  how many
     bad:     names of images that cannot be read, and why
-    ignored: members that are neither image nor label, by suffix
+    ignored: members that are neither image nor label of one, by suffix
     """
 
     images: int
@@ -46,7 +47,7 @@ def label_of(suffix: str, content: bytes, name: str) -> str:
     """The label that a small file gives, as text; "" where it gives none.
 
     Raises:
-        ValueError: it is no text, or no JSON.
+        ValueError: it is no text, or no JSON, or neither a number nor a name.
     """
     try:
         if suffix == ".cls":
@@ -55,7 +56,14 @@ def label_of(suffix: str, content: bytes, name: str) -> str:
     except ValueError as error:
         raise ValueError(f"{name} is no label: {error}") from error
     found = about.get("label", about.get("cls")) if isinstance(about, dict) else None
-    return "" if found is None or found == -1 else str(found)
+    if found is None or found == -1:
+        return ""
+    if isinstance(found, bool) or not isinstance(found, int | str):
+        raise ValueError(
+            f"{name} has the label {json.dumps(found)[:80]}; expected one class, by its number or "
+            f"its name"
+        )
+    return str(found)
 
 
 def read_tar(path: Path, name: str, found: Found) -> Samples:
@@ -65,7 +73,7 @@ def read_tar(path: Path, name: str, found: Found) -> Samples:
         ValueError: no plain tar file, a label that cannot be read, a sample with two images.
     """
     images: dict[str, tuple[int, int, int, int]] = {}
-    labels: dict[str, str] = {}
+    labels: dict[str, dict[str, str]] = {".cls": {}, ".json": {}}
     names: dict[str, str] = {}  # of the image files, by their samples
     try:
         with tarfile.open(path, "r:") as tar, path.open("rb") as file:
@@ -86,8 +94,8 @@ def read_tar(path: Path, name: str, found: Found) -> Samples:
                     except BadImageError as error:
                         found.bad.append((where, error.reason))
                 elif suffix in (".cls", ".json") and member.size <= MAX_LABEL:
-                    label = label_of(suffix, content_of(file, member), where)
-                    labels[key] = label or labels.get(key, "")
+                    if label := label_of(suffix, content_of(file, member), where):
+                        labels[suffix][key] = label
                 else:
                     found.ignored[suffix or "none"] += 1
     except tarfile.TarError as error:
@@ -95,15 +103,19 @@ def read_tar(path: Path, name: str, found: Found) -> Samples:
             f"{path} is no plain tar file ({error}); compressed ones have to be unpacked to .tar: "
             f"nothing in them can be found by its place"
         ) from error
-    return [(*place, labels.get(key, "")) for key, place in images.items()]
+    label_by_key = labels[".json"] | labels[".cls"]
+    if alone := len(label_by_key.keys() - names.keys()):
+        found.ignored["label without an image"] += alone
+    return [(*place, label_by_key.get(key, "")) for key, place in images.items()]
 
 
 def two_images(path: Path, first: str, second: str) -> ValueError:
     *stem, suffix = Path(second).name.split(".")
+    better = "-".join(stem) if len(stem) > 1 else f"{stem[0]}-2"
     return ValueError(
         f"{path} has two images of one sample, {first} and {second}: a sample is all that has one "
-        f"name up to its first dot; rename them, such as to {'-'.join(stem)}.{suffix}, or unpack "
-        f"them and write shards with `patchlight shard --data`"
+        f"name up to its first dot; rename one, such as to {better}.{suffix}, or unpack them and "
+        f"write shards with `patchlight shard --data`"
     )
 
 
@@ -130,9 +142,11 @@ def index_tars(root: Path) -> Found:
                 read[part].append((path, read_tar(path, f"{part}/{path.name}", found)))
                 bar.advance()
     groups = {sample[4] for _, samples in read["train"] for sample in samples}
-    if "" in groups and len(groups) > 1:
+    counts = Counter(sample[4] != "" for part in read.values() for _, of in part for sample in of)
+    if len(counts) > 1:
         raise ValueError(
-            f"some images of {root} have a label and some have none; expected one kind"
+            f"{counts[True]:,} images of {root} have a label and {counts[False]:,} have none; "
+            f"expected all or none: labels of training and of validation are in KEY.cls or KEY.json"
         )
     names, ids = class_ids(groups, numeric=True)
     parts = {part: part_of(root, part, read[part], ids) for part in read}

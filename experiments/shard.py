@@ -116,7 +116,7 @@ def add_index(root: Path, console: Console) -> int:
     found = index_tars(root)
     tell_bad(found.bad, console)
     for suffix, count in found.ignored.most_common():
-        console.print(f"never opened: {count:,} members of kind {suffix}", markup=False)
+        console.print(f"not used: {count:,} members of kind {suffix}", markup=False)
     console.print(
         "images are shuffled within source_args.shuffle_shards shards at a time, so shards that "
         "hold few classes each train badly; `--data` would mix them"

@@ -730,13 +730,37 @@ def test_tar_files_that_cannot_be_indexed(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no \.tar files in .*train; expected train/ and val/"):
         index_tars(tmp_path)
     root = foreign(tmp_path / "foreign", sorted((folder / "train").rglob("*.png"))[:4])
-    with tarfile.open(root / "train" / "0.tar", "a") as tar:
-        add(tar, "b.png", (folder / "train" / "ant" / "002.png").read_bytes())
-    with pytest.raises(ValueError, match=r"some images of .* have a label and some have none"):
-        index_tars(root)
+    for part in ("train", "val"):
+        path = root / part / "0.tar"
+        kept = path.read_bytes()
+        with tarfile.open(path, "a") as tar:
+            add(tar, "b.png", (folder / "train" / "ant" / "002.png").read_bytes())
+        with pytest.raises(ValueError, match=r"8 images of .* have a label and 1 have none"):
+            index_tars(root)
+        path.write_bytes(kept)
     (root / "val" / "1.tar").write_bytes(gzip.compress((root / "val" / "0.tar").read_bytes()))
     with pytest.raises(ValueError, match=r"1\.tar is no plain tar file"):
         index_tars(root)
+
+
+@pytest.mark.parametrize("label", [[1, 2], {"name": "ant"}, True, 1.5])
+def test_what_names_no_class_is_no_label(folder: Path, tmp_path: Path, label: Any) -> None:
+    root = foreign(tmp_path / "foreign", sorted((folder / "train").rglob("*.png"))[:4])
+    with tarfile.open(root / "train" / "0.tar", "a") as tar:
+        add(tar, "b.json", json.dumps({"label": label}).encode())
+    with pytest.raises(ValueError, match=r"0\.tar\[b\.json\] has the label .*; expected one class"):
+        index_tars(root)
+
+
+def test_labels_of_cls_files_come_first_and_those_without_an_image_are_told(
+    folder: Path, tmp_path: Path
+) -> None:
+    root = foreign(tmp_path / "foreign", sorted((folder / "train").rglob("*.png"))[:4])
+    with tarfile.open(root / "train" / "0.tar", "a") as tar:
+        add(tar, "./a/é0.json", b'{"label": "tabby"}')
+        add(tar, "gone.cls", b"1")
+    assert index_tars(root).ignored["label without an image"] == 1
+    assert open_source("shards", "train", str(root))[0].label == 0
 
 
 def test_two_images_of_one_sample_are_named(tmp_path: Path, folder: Path) -> None:
@@ -744,6 +768,7 @@ def test_two_images_of_one_sample_are_named(tmp_path: Path, folder: Path) -> Non
     for first, second, better in (
         ("a/img.001.png", "a/img.002.png", "img-002.png"),
         ("b.png", "b.seg.png", "b-seg.png"),
+        ("b.png", "b.jpg", "b-2.jpg"),
     ):
         root = tmp_path / better
         for part in ("train", "val"):

@@ -117,7 +117,7 @@ def test_an_index_for_the_tar_files_of_others(
     assert shard(["--index", str(root)]) == 0
     said = capsys.readouterr()
     assert "20 images in 4 shards" in said.out
-    assert "never opened: 20 members of kind .pyd" in said.err
+    assert "not used: 20 members of kind .pyd" in said.err
     assert len(open_source("shards", "val", str(root))) == 10
     with pytest.raises(ValueError, match="--data needs --out"):
         shard(["--data", "digits"])
