@@ -27,6 +27,7 @@
 """
 
 import logging
+import os
 import sys
 import warnings
 from errno import EACCES, EPERM, EROFS
@@ -34,9 +35,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import modules  # noqa: F401 - registers the methods and limits what a config may name
@@ -179,7 +182,9 @@ class PatchlightCLI(LightningCLI):
         if run is None:
             runs = self._get(self.config, "runs")
             name = recipe_name(self._get(self.config, "config"))
+            check_place(Path(runs))
             return TensorBoardLogger(runs, name, default_hp_metric=False)
+        check_place(run)
         # What was logged after the checkpoint will be logged again: drop the first version of it.
         step = stopped_at(run / "checkpoints") if self.start.is_resumed else 0
         return TensorBoardLogger(run.parent, "", run.name, default_hp_metric=False, purge_step=step)
@@ -271,7 +276,27 @@ def refused_by_the_disk(error: BaseException) -> str | None:
     if not isinstance(error, OSError) or error.errno not in (EACCES, EPERM, EROFS):
         return None
     place = f"{error.filename}: " if error.filename else ""
-    return f"{place}{error.strerror}; see who may write there, or name another with --runs"
+    return f"{place}{error.strerror}; see who may write there, or name another place"
+
+
+def refused_by_lightning(error: BaseException) -> str | None:
+    """What its trainer will not do as it is configured, such as fewer epochs than were done."""
+    return str(error) if isinstance(error, MisconfigurationException) else None
+
+
+@rank_zero_only
+def check_place(directory: Path) -> None:
+    """Before anything else of a run, which would stop at its first file.
+
+    Raises:
+        ValueError: the directory cannot be made, or not be written to.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{directory} cannot be made ({error.strerror}); name another") from error
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise ValueError(f"this user may not write to {directory}; name another directory")
 
 
 def main() -> int:
@@ -294,7 +319,8 @@ def main() -> int:
         print("patchlight: interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        ours = raised_by_us(error) or refused_by_the_disk(error) or lost_process(error)
+        told = (raised_by_us, refused_by_the_disk, refused_by_lightning, lost_process)
+        ours = next((found for tell in told if (found := tell(error)) is not None), None)
         if ours is None:
             raise
         print(f"patchlight: {ours}", file=sys.stderr)

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from callbacks.checkpoint import Checkpoint
 from datamodules.disk import write_whole
 from experiments.resume import print_once
+from experiments.runs import read, scalars
 from experiments.sweep import RESULT
 
 LIBRARIES = (
@@ -79,15 +80,21 @@ class RunRecord(SaveConfigCallback):
 def write_result(trainer: Trainer) -> None:
     """`result.json`: the metrics after the last step; a run that has it is finished.
 
-    What stands there of that step, from before a finished run was resumed, stays.
+    What stands there of that step, from before a finished run was resumed, stays. Of a run that was
+    resumed with no step left, what was logged before is taken from its TensorBoard files.
     """
     if trainer.loggers and trainer.loggers[0].log_dir:
         path = Path(trainer.loggers[0].log_dir) / RESULT
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         result: dict[str, Any] = {"step": trainer.global_step, "epochs": epochs(trainer)}
-        kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        found = read(path.parent)
+        kept = found.result or {}
         if kept.get("step") == trainer.global_step:
             result = kept
+        elif "train/loss" not in metrics:
+            logged = scalars(found).items()
+            before = {n: p[-1].value for n, p in logged if n.startswith(("train/", "schedule/"))}
+            metrics = before | metrics
         result["metrics"] = dict(sorted((result.get("metrics", {}) | metrics).items()))
         write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
 

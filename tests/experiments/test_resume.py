@@ -1,5 +1,7 @@
 """A run that was killed anywhere ends bit by bit like one that was not."""
 
+import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -174,6 +176,41 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(
     assert done.returncode == 0, done.stderr
     assert "has no checkpoint yet" in done.stdout
     assert same_end(run, uninterrupted) == []
+
+
+@pytest.mark.slow
+def test_a_finished_run_whose_result_is_damaged_gets_it_again(
+    tmp_path: Path, uninterrupted: Path
+) -> None:
+    """What was logged in training comes from TensorBoard's files."""
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    path = run / "result.json"
+    whole = json.loads(path.read_text())
+    assert {"train/loss", "schedule/lr", "val/loss"} <= set(whole["metrics"])
+    path.write_text(path.read_text()[:30])
+    done = patchlight("fit", "--resume", str(run), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(path.read_text()) == whole
+
+
+@pytest.mark.slow
+def test_fewer_epochs_than_were_done_are_refused(tmp_path: Path) -> None:
+    patchlight("fit", *TINY, cwd=tmp_path, kill_at=14)
+    fewer = ["--resume", str(only_run(tmp_path)), "--trainer.max_epochs=1"]
+    done = patchlight("fit", *fewer, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("patchlight: You restored a checkpoint with")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--runs", "--into"])
+def test_a_place_that_cannot_be_made_is_named(tmp_path: Path, option: str) -> None:
+    (tmp_path / "file").touch()
+    done = patchlight("fit", *TINY, option, "file/x", cwd=tmp_path)
+    assert done.returncode == 1
+    says = "patchlight: file/x cannot be made (Not a directory); name another"
+    assert done.stderr.splitlines()[-1] == says
 
 
 def test_resume_of_what_is_no_run(tmp_path: Path) -> None:
