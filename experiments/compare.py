@@ -113,7 +113,7 @@ def children_of(everything: Mapping[Path, Run]) -> dict[Path, dict[str, list[Run
 
 def make_row(run: Run, children: Mapping[str, list[Run]], names: Mapping[Path, str]) -> Row:
     """Everything that is shown of a run."""
-    curves, kept, spent = runs.scalars(run), evaluations(run.path), cost_of(run)
+    curves, kept, spent = runs.scalars(run.path), evaluations(run.path), cost_of(run)
     accuracy = curves.get("val/accuracy", [])
     final = run.metric("val/accuracy")
     if run.result is None:

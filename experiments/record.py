@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from callbacks.checkpoint import Checkpoint
 from datamodules.disk import write_whole
 from experiments.resume import print_once
-from experiments.runs import read, scalars
+from experiments.runs import read_result, scalars
 from experiments.sweep import RESULT
 
 LIBRARIES = (
@@ -87,12 +87,11 @@ def write_result(trainer: Trainer) -> None:
         path = Path(trainer.loggers[0].log_dir) / RESULT
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         result: dict[str, Any] = {"step": trainer.global_step, "epochs": epochs(trainer)}
-        found = read(path.parent)
-        kept = found.result or {}
+        kept = read_result(path.parent) or {}
         if kept.get("step") == trainer.global_step:
             result = kept
         elif "train/loss" not in metrics:
-            logged = scalars(found).items()
+            logged = scalars(path.parent).items()
             before = {n: p[-1].value for n, p in logged if n.startswith(("train/", "schedule/"))}
             metrics = before | metrics
         result["metrics"] = dict(sorted((result.get("metrics", {}) | metrics).items()))

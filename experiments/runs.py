@@ -107,20 +107,24 @@ def read(path: Path) -> Run:
     Raises:
         ValueError: its config is none.
     """
-    config = read_config(path / "config.yaml", "the run's")
+    return Run(path, read_config(path / "config.yaml", "the run's"), read_result(path))
+
+
+def read_result(run: Path) -> dict[str, Any] | None:
+    """What `result.json` says; None where there is none, or a damaged one."""
     try:
-        result = json.loads((path / RESULT).read_text(encoding="utf-8"))
+        result = json.loads((run / RESULT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        result = None
-    return Run(path, config, result if isinstance(result, dict) else None)
+        return None
+    return result if isinstance(result, dict) else None
 
 
-def scalars(run: Run) -> dict[str, list[Point]]:
+def scalars(run: Path) -> dict[str, list[Point]]:
     """Every scalar that was logged, by name; values that are not finite are left out."""
     # Takes a second, which the other verbs need not wait for.
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(run.path), size_guidance={"scalars": 0, "images": 1})
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 1})
     events.Reload()
     logged = {
         name: [Point(e.step, e.value) for e in events.Scalars(name) if math.isfinite(e.value)]
