@@ -13,6 +13,8 @@ from datamodules.sampling import run_seed
 
 Batch = TypeVar("Batch")
 
+LONGEST_WAIT = 3600  # seconds for a batch, after which a run ends rather than to wait for ever
+
 
 class WaitedLoader(DataLoader[Batch]):
     """A loader that knows for how long its batches were waited for.
@@ -21,7 +23,7 @@ class WaitedLoader(DataLoader[Batch]):
         waited: seconds, in all.
 
     Raises:
-        ValueError: one of its processes was killed.
+        ValueError: one of its processes was killed, or none gave a batch for an hour.
     """
 
     waited = 0.0
@@ -53,9 +55,16 @@ class WaitedLoader(DataLoader[Batch]):
 def lost_process(error: BaseException | None) -> str | None:
     """What to say if `error`, or one that led to it, is that a process that loads data ended.
 
-    Torch raises that from a signal handler: in the midst of whatever the run does.
+    Torch raises that from a signal handler: in the midst of whatever the run does. The same for
+    processes that give no batch.
     """
     while error is not None:
+        if isinstance(error, RuntimeError) and "DataLoader timed out" in str(error):
+            return (
+                f"no batch came for {LONGEST_WAIT / 60:.0f} minutes from the processes that load "
+                f"data; see whether the disk or the server that has it answers, then go on with "
+                f"`patchlight fit --resume RUN`"
+            )
         if isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error):
             return (
                 f"a process that loads data ended ({' '.join(str(error).split())[:120]}), most "
@@ -146,6 +155,7 @@ class PlacedDataModule(LightningDataModule):
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
+            timeout=LONGEST_WAIT if self.num_workers else 0,
             worker_init_fn=stand_apart,
         )
 

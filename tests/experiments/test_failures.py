@@ -107,7 +107,7 @@ class Doomed(Dataset[int]):
 
 
 def test_a_killed_loading_process_is_an_error_that_says_so() -> None:
-    loader: Any = WaitedLoader(Doomed(), num_workers=1)
+    loader: Any = WaitedLoader(Doomed(), num_workers=1, timeout=600)  # known at once
     with pytest.raises(ValueError, match=r"loads data ended .*num_workers to less"):
         next(iter(loader))
 
@@ -153,6 +153,21 @@ class Groups(Dataset[tuple[int, int]]):
 
     def __getitem__(self, index: int) -> tuple[int, int]:
         return os.getpid(), os.getpgid(0)
+
+
+class Asleep(Groups):
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        time.sleep(60)
+        return super().__getitem__(index)
+
+
+def test_processes_that_give_no_batch_end_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datamodules.placed.LONGEST_WAIT", 1.2)
+    data = PlacedDataModule()
+    data.num_workers = 1
+    loader = data.loader(Asleep(), BatchSampler([0], 1, False), lambda items: items[0])
+    with pytest.raises(ValueError, match=r"no batch came for 0 minutes .*--resume RUN"):
+        next(iter(loader))
 
 
 def test_a_signal_to_the_group_of_a_run_spares_those_that_load() -> None:
