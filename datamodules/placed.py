@@ -62,14 +62,14 @@ def lost_process(error: BaseException | None) -> str | None:
         if isinstance(error, RuntimeError) and "DataLoader timed out" in str(error):
             return (
                 f"no batch came for {LONGEST_WAIT / 60:.0f} minutes from the processes that load "
-                f"data; see whether the disk or the server that has it answers, then go on with "
+                f"data; see whether the disk or the server that has it answers. A run goes on with "
                 f"`patchlight fit --resume RUN`"
             )
         if isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error):
             return (
                 f"a process that loads data ended ({' '.join(str(error).split())[:120]}), most "
-                f"often for want of memory; set data.init_args.num_workers to less, then go on "
-                f"with `patchlight fit --resume RUN`"
+                f"often for want of memory; set num_workers to less. A run goes on with "
+                f"`patchlight fit --resume RUN`"
             )
         error = error.__cause__ or error.__context__
     return None
