@@ -224,7 +224,7 @@ def has_bfloat16() -> bool:
 
 
 def compile_backbones(method: LightningModule, **options: Any) -> None:
-    """In place, so that names in checkpoints stay as they are.
+    """In place, so that names in checkpoints stay as they are; each size of images by itself.
 
     Raises:
         ValueError: there is none.
@@ -235,7 +235,7 @@ def compile_backbones(method: LightningModule, **options: Any) -> None:
             f"--compile true compiles backbones, and {type(method).__name__} has none; leave it out"
         )
     for backbone in backbones:
-        backbone.compile(**options)
+        backbone.compile(dynamic=False, **options)
 
 
 def quiet() -> None:

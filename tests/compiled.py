@@ -11,7 +11,7 @@ from datamodules.batch import PackedImages
 from datamodules.sampling import fold
 from experiments.cli import compile_backbones
 from modules import MAE, MoCo, Supervised, TokenLabeling
-from modules.backbones import LVViT, NaViT, Positions, Swapped, ViT
+from modules.backbones import LVViT, NaViT, Positions, Swapped, Swin, T2TViT, TwinsSVT, ViT
 from modules.dino_loss import same_loss
 from modules.ibot import MaskedPatches, hide
 from tests import views
@@ -54,6 +54,48 @@ def compilations(name: str) -> int:
     expected = network(batch).pooled
     torch.testing.assert_close(compiled(batch).pooled, expected, atol=1e-5, rtol=1e-5)
     return count
+
+
+OF_ANY_SIZE: dict[str, Any] = {
+    "sizes of ViT": lambda: ViT("mu", 8, 64),
+    "sizes of ViT-sines": lambda: ViT("mu", 8, 64, positions=Positions("sincos2d")),
+    "sizes of Swin": lambda: Swin("mu", image_size=64),
+    "sizes of SwinV2": lambda: Swin("mu", image_size=64, version=2),
+    "sizes of Twins": lambda: TwinsSVT("mu", image_size=64),
+    "sizes of T2T-ViT": lambda: T2TViT("mu", image_size=64),
+}
+
+
+def compilations_of_sizes(name: str) -> int:
+    """One for each of two sizes of images, in turn."""
+    torch._dynamo.reset()
+    backbone = OF_ANY_SIZE[name]().requires_grad_(True)
+    counter = CompileCounterWithBackend("eager")
+    batches = [torch.randn(2, 3, side, side) for side in (64, 96, 64, 96)]
+    expected = [pooled(backbone, batch) for batch in batches]
+    compile_backbones(Supervised(backbone, 10), backend=counter, fullgraph=True)
+    for batch, own in zip(batches, expected, strict=True):
+        torch.testing.assert_close(pooled(backbone, batch), own, atol=1e-5, rtol=1e-5)
+    return counter.frame_count
+
+
+def pooled(network: Any, batch: torch.Tensor) -> torch.Tensor:
+    torch.manual_seed(0)  # T2T-ViT's layers have dropout
+    out: torch.Tensor = network(batch).pooled
+    return out
+
+
+def compilations_of_symbols() -> int:
+    """With torch's own defaults, by which sizes are numbers at first and symbols then."""
+    torch._dynamo.reset()
+    network = ViT("mu", 8, 64)
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(network, fullgraph=True, backend=counter)
+    for side in (64, 32, 64, 48, 96):
+        batch = torch.randn(2, 3, side, side)
+        own = pooled(network, batch)
+        torch.testing.assert_close(pooled(compiled, batch), own, atol=1e-5, rtol=1e-5)
+    return counter.frame_count
 
 
 def compilations_of_groups() -> int:
@@ -140,6 +182,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for each in NETWORKS:
         print(each, compilations(each))
+    for each in OF_ANY_SIZE:
+        print(each, compilations_of_sizes(each))
+    print("symbols", compilations_of_symbols())
     print("groups", compilations_of_groups())
     print("masks", compilations_of_masks())
     for each, count in compilations_of_methods().items():

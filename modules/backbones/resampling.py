@@ -17,11 +17,18 @@ Resampling = Literal["antialias", "bicubic", "dino", "bilinear"]
 MAX_GRID = 128
 
 
-@table
 def axis_matrix(
     old: int, new: int, how: Resampling, device: torch.device
 ) -> Float[Tensor, "new old"]:
     """The linear map that takes `old` samples on a line to `new` ones, in float32."""
+    # To a compiler that was told nothing of shapes `new` is a symbol, and no constant follows.
+    make = made_axis_matrix if torch.compiler.is_compiling() else kept_axis_matrix
+    return make(old, new, how, device)
+
+
+def made_axis_matrix(
+    old: int, new: int, how: Resampling, device: torch.device
+) -> Float[Tensor, "new old"]:
     # Two columns wide: torch's antialiased bicubic is wrong for images one pixel wide (torch 2.15).
     line = torch.eye(old).reshape(1, old, old, 1).repeat(1, 1, 1, 2)
     if how == "bilinear":
@@ -31,6 +38,9 @@ def axis_matrix(
     else:
         out = F.interpolate(line, (new, 2), mode="bicubic", antialias=how == "antialias")
     return out[0, :, :, 0].T.contiguous().to(device)
+
+
+kept_axis_matrix = table(made_axis_matrix)
 
 
 @table

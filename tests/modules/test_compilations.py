@@ -7,7 +7,7 @@ import pytest
 
 from experiments.cli import compile_backbones
 from modules import Transformer
-from tests.compiled import NETWORKS
+from tests.compiled import NETWORKS, OF_ANY_SIZE
 from tests.runs import ROOT, environment
 
 
@@ -20,7 +20,9 @@ def test_one_compilation_of_each() -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     methods = ("supervised", "token labels", "mae", "dino", "moco")
-    expected = [f"{name} 1" for name in (*NETWORKS, "groups", "masks", *methods)]
+    expected = [f"{name} 1" for name in NETWORKS]
+    expected += [f"{name} 2" for name in (*OF_ANY_SIZE, "symbols")]
+    expected += [f"{name} 1" for name in ("groups", "masks", *methods)]
     assert done.stdout.splitlines() == expected
 
 
