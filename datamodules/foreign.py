@@ -1,8 +1,8 @@
 """An index for tar files that others wrote in WebDataset's layout.
 
 Of every sample, the members of one tar file that share a name up to its first dot, the image is
-kept by where it lies, and its label read from KEY.cls (a number or a name) or, where there is no
-such file, from "label" or "cls" in KEY.json. What else there is, pickles above all, is never
+kept by where it lies, and its label read from KEY.cls (a number or a name) or, where that gives
+none, from "label" or "cls" in KEY.json. What else there is, pickles above all, is never
 opened, only counted.
 """
 
@@ -25,6 +25,7 @@ from datamodules.shards import INDEX, MEMBER, is_plain
 from datamodules.sources import BadImageError
 
 MAX_LABEL = 1 << 16  # bytes of a file with a label
+MAX_CLASS = 1_000_000  # of numbered ones, all of which get a name
 
 
 class Found(NamedTuple):
@@ -47,22 +48,24 @@ def label_of(suffix: str, content: bytes, name: str) -> str:
     """The label that a small file gives, as text; "" where it gives none.
 
     Raises:
-        ValueError: it is no text, or no JSON, or neither a number nor a name.
+        ValueError: it is no text, or no JSON, or neither a name nor a number up to a million.
     """
     try:
-        if suffix == ".cls":
-            return content.decode("utf-8").strip()
-        about = json.loads(content)
-    except ValueError as error:
+        about = content.decode("utf-8").strip() if suffix == ".cls" else json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is no label: {error}") from error
-    found = about.get("label", about.get("cls")) if isinstance(about, dict) else None
-    if found is None or found == -1:
+    found = about
+    if suffix == ".json":
+        found = about.get("label", about.get("cls")) if isinstance(about, dict) else None
+    if found in (None, "", -1, "-1"):
         return ""
     if isinstance(found, bool) or not isinstance(found, int | str):
         raise ValueError(
             f"{name} has the label {json.dumps(found)[:80]}; expected one class, by its number or "
             f"its name"
         )
+    if str(found).isdecimal() and int(found) > MAX_CLASS:
+        raise ValueError(f"{name} has class {str(found)[:40]}; expected up to {MAX_CLASS:,}")
     return str(found)
 
 
@@ -73,7 +76,8 @@ def read_tar(path: Path, name: str, found: Found) -> Samples:
         ValueError: no plain tar file, a label that cannot be read, a sample with two images.
     """
     images: dict[str, tuple[int, int, int, int]] = {}
-    labels: dict[str, dict[str, str]] = {".cls": {}, ".json": {}}
+    labels: dict[str, str] = {}
+    about: dict[str, tarfile.TarInfo] = {}  # JSON, which a .cls makes needless
     names: dict[str, str] = {}  # of the image files, by their samples
     try:
         with tarfile.open(path, "r:") as tar, path.open("rb") as file:
@@ -93,20 +97,24 @@ def read_tar(path: Path, name: str, found: Found) -> Samples:
                         images[key] = (member.offset_data, member.size, *size)
                     except BadImageError as error:
                         found.bad.append((where, error.reason))
-                elif suffix in (".cls", ".json") and member.size <= MAX_LABEL:
-                    if label := label_of(suffix, content_of(file, member), where):
-                        labels[suffix][key] = label
+                elif suffix == ".cls" and member.size <= MAX_LABEL:
+                    labels[key] = label_of(suffix, content_of(file, member), where)
+                elif suffix == ".json" and member.size <= MAX_LABEL:
+                    about[key] = member
                 else:
                     found.ignored[suffix or "none"] += 1
+            for key, member in about.items():
+                if key in names and not labels.get(key):
+                    where = f"{name}[{member.name}]"
+                    labels[key] = label_of(".json", content_of(file, member), where)
     except tarfile.TarError as error:
         raise ValueError(
             f"{path} is no plain tar file ({error}); compressed ones have to be unpacked to .tar: "
             f"nothing in them can be found by its place"
         ) from error
-    label_by_key = labels[".json"] | labels[".cls"]
-    if alone := len(label_by_key.keys() - names.keys()):
+    if alone := len((labels.keys() | about.keys()) - names.keys()):
         found.ignored["label without an image"] += alone
-    return [(*place, label_by_key.get(key, "")) for key, place in images.items()]
+    return [(*place, labels.get(key, "")) for key, place in images.items()]
 
 
 def two_images(path: Path, first: str, second: str) -> ValueError:

@@ -29,6 +29,7 @@
 import logging
 import os
 import sys
+import traceback
 import warnings
 from errno import EACCES, EPERM, EROFS
 from pathlib import Path
@@ -181,8 +182,10 @@ class PatchlightCLI(LightningCLI):
         run = self.start.run
         if run is None:
             runs = self._get(self.config, "runs")
+            if "://" in runs:
+                raise ValueError(f"--runs {runs}: runs are written to a directory, not to a URL")
             name = recipe_name(self._get(self.config, "config"))
-            check_place(Path(runs))
+            check_place(Path(runs).expanduser())
             return TensorBoardLogger(runs, name, default_hp_metric=False)
         check_place(run)
         # What was logged after the checkpoint will be logged again: drop the first version of it.
@@ -281,7 +284,9 @@ def refused_by_the_disk(error: BaseException) -> str | None:
 
 def refused_by_lightning(error: BaseException) -> str | None:
     """What its trainer will not do as it is configured, such as fewer epochs than were done."""
-    return str(error) if isinstance(error, MisconfigurationException) else None
+    frames = traceback.extract_tb(error.__traceback__)
+    of_an_option = isinstance(error, ValueError) and "connectors" in Path(frames[-1].filename).parts
+    return str(error) if of_an_option or isinstance(error, MisconfigurationException) else None
 
 
 @rank_zero_only

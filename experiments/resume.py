@@ -59,7 +59,7 @@ def begin(arguments: list[str]) -> Start:
         return Start(asked)
     if resumed and fixed:
         raise ValueError("--resume goes on with a run and --into may begin one; give one of them")
-    run = Path((resumed or fixed)[-1])
+    run = Path((resumed or fixed)[-1]).expanduser()  # no shell does that of `--into=~/RUN`
     config = run / "config.yaml"
     if not config.is_file():
         if resumed:

@@ -743,13 +743,50 @@ def test_tar_files_that_cannot_be_indexed(folder: Path, tmp_path: Path) -> None:
         index_tars(root)
 
 
-@pytest.mark.parametrize("label", [[1, 2], {"name": "ant"}, True, 1.5])
-def test_what_names_no_class_is_no_label(folder: Path, tmp_path: Path, label: Any) -> None:
-    root = foreign(tmp_path / "foreign", sorted((folder / "train").rglob("*.png"))[:4])
-    with tarfile.open(root / "train" / "0.tar", "a") as tar:
-        add(tar, "b.json", json.dumps({"label": label}).encode())
-    with pytest.raises(ValueError, match=r"0\.tar\[b\.json\] has the label .*; expected one class"):
+@pytest.mark.parametrize(
+    ("about", "says"),
+    [
+        ('{"label": [1, 2]}', "has the label .1, 2.; expected one class"),
+        ('{"label": {"name": "ant"}}', "has the label .*; expected one class"),
+        ('{"label": true}', "has the label true; expected one class"),
+        ('{"label": 1.5}', r"has the label 1\.5; expected one class"),
+        ('{"label": 1000001}', "has class 1000001; expected up to 1,000,000"),
+        ("[" * 30_000, "is no label: maximum recursion"),
+        ("{nope", "is no label: Expecting"),
+    ],
+)
+def test_what_names_no_class_is_no_label(
+    folder: Path, tmp_path: Path, about: str, says: str
+) -> None:
+    images = sorted((folder / "train").rglob("*.png"))[:4]
+    root = foreign(tmp_path / "foreign", images)
+    path = root / "train" / "0.tar"
+    kept = path.read_bytes()
+    with tarfile.open(path, "a") as tar:
+        add(tar, "b.json", about.encode())
+        add(tar, "b.png", images[0].read_bytes())
+    with pytest.raises(ValueError, match=rf"0\.tar\[b\.json\] {says}"):
         index_tars(root)
+    path.write_bytes(kept)
+    with tarfile.open(path, "a") as tar:
+        add(tar, "b.json", about.encode())
+        add(tar, "b.png", images[0].read_bytes())
+        add(tar, "b.cls", b"1")  # comes first
+    assert index_tars(root).images == 9
+
+
+def test_minus_one_is_no_label(folder: Path, tmp_path: Path) -> None:
+    root, images = tmp_path / "foreign", sorted((folder / "train").rglob("*.png"))[:4]
+    for part in ("train", "val"):
+        (root / part).mkdir(parents=True)
+        with tarfile.open(root / part / "0.tar", "w") as tar:
+            for i, (name, content) in enumerate((("cls", "-1"), ("json", '{"cls": -1}'))):
+                add(tar, f"{i}.{name}", content.encode())
+                add(tar, f"{i}.png", images[i].read_bytes())
+    index_tars(root)
+    source = open_source("shards", "train", str(root))
+    assert source.class_names == ()
+    assert [source[i].label for i in range(2)] == [-1, -1]
 
 
 def test_labels_of_cls_files_come_first_and_those_without_an_image_are_told(

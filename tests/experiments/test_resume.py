@@ -213,6 +213,41 @@ def test_a_place_that_cannot_be_made_is_named(tmp_path: Path, option: str) -> No
     assert done.stderr.splitlines()[-1] == says
 
 
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("--trainer.strategy=nonsense", "You selected an invalid strategy name: `strategy='nonse"),
+        (
+            "--runs=s3://bucket/runs",
+            "--runs s3://bucket/runs: runs are written to a directory, not",
+        ),
+    ],
+)
+def test_an_option_that_cannot_be_is_told_in_a_line(tmp_path: Path, option: str, says: str) -> None:
+    done = patchlight("fit", *TINY, option, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"patchlight: {says}")
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.rglob("*.*")) == []
+
+
+@pytest.mark.slow
+def test_a_home_that_no_shell_has_filled_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "work").mkdir()
+    for option in ("--into=~/mine", "--runs=~/all"):
+        done = patchlight("fit", *TINY, "--trainer.max_epochs=1", option, cwd=tmp_path / "work")
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "home" / "mine" / "result.json").is_file()
+    assert len(list((tmp_path / "home" / "all").rglob("result.json"))) == 1
+    assert list((tmp_path / "work").iterdir()) == []
+    again = patchlight("fit", *TINY, "--trainer.max_epochs=1", "--into=~/mine", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "Restored all states" in again.stderr
+
+
 def test_resume_of_what_is_no_run(tmp_path: Path) -> None:
     done = patchlight("fit", "--resume", "nowhere", cwd=tmp_path)
     assert done.returncode == 1
