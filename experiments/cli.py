@@ -257,19 +257,24 @@ def quiet() -> None:
     )
 
 
+def raised_in(error: BaseException) -> Path | None:
+    """The file whose code raised an error; None for one that was not raised."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return Path(frames[-1].f_code.co_filename) if frames else None
+
+
 def raised_by_us(error: BaseException | None) -> BaseException | None:
     """The error of one of our own checks, be it this one or one that led to it.
 
     Its message says all, and a traceback would only hide it.
     """
     while error is not None:
-        last = error.__traceback__
-        while last is not None and last.tb_next is not None:
-            last = last.tb_next
-        if last is not None and isinstance(error, ValueError | FileNotFoundError):
-            file = Path(last.tb_frame.f_code.co_filename)
-            if any(file.is_relative_to(EXPERIMENTS.parent / room) for room in ROOMS):
-                return error
+        file = raised_in(error)
+        is_ours = file is not None and any(
+            file.is_relative_to(EXPERIMENTS.parent / room) for room in ROOMS
+        )
+        if is_ours and isinstance(error, ValueError | FileNotFoundError):
+            return error
         error = error.__cause__ or error.__context__
     return None
 
@@ -284,8 +289,8 @@ def refused_by_the_disk(error: BaseException) -> str | None:
 
 def refused_by_lightning(error: BaseException) -> str | None:
     """What its trainer will not do as it is configured, such as fewer epochs than were done."""
-    frames = traceback.extract_tb(error.__traceback__)
-    of_an_option = isinstance(error, ValueError) and "connectors" in Path(frames[-1].filename).parts
+    file = raised_in(error) if isinstance(error, ValueError) else None
+    of_an_option = file is not None and "connectors" in file.parts
     return str(error) if of_an_option or isinstance(error, MisconfigurationException) else None
 
 

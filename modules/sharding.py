@@ -65,6 +65,7 @@ class Sharded(ModelParallelStrategy):
             is_spread = isinstance(network, FSDPModule)  # by a fit before this evaluation
             if isinstance(network, AroundBackbone) and not is_spread:
                 spread(network, self.device_mesh["data_parallel"])
+        self.statistics = own_statistics(method)
         self.model = self.precision_plugin.convert_module(method)
         self.barrier()
         if trainer.state.fn == "fit":
@@ -79,10 +80,9 @@ class Sharded(ModelParallelStrategy):
 
     def share_statistics(self) -> None:
         """Those of the first device, which checkpoints hold, to all, as DDP does."""
-        assert self.lightning_module is not None
-        if kept := own_statistics(self.lightning_module):
+        if self.statistics:
             share: Any = distributed._broadcast_coalesced  # type: ignore[attr-defined]
-            share(distributed.group.WORLD, kept, 2**28, 0)
+            share(distributed.group.WORLD, self.statistics, 2**28, 0)
 
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None

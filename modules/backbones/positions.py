@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from modules.backbones.attention import Groups, Segments
@@ -25,6 +25,7 @@ from modules.backbones.resampling import (
     resample_table,
     sincos2d,
 )
+from modules.backbones.windows import offsets
 
 KINDS = ("learned1d", "learned2d", "sincos2d", "sincos2d_big_vision", "relative", "none")
 PLACES = ("stem", "every", "every_shared")
@@ -199,7 +200,7 @@ class RelativeBias(nn.Module):
         super().__init__()
         self.grid, self.num_prefix, self.resample = grid, num_prefix, resample
         self.table = nn.Parameter(torch.zeros(2 * grid[0] - 1, 2 * grid[1] - 1, num_heads))
-        self.register_buffer("index", offset_index(grid), persistent=False)
+        self.register_buffer("index", offsets(grid, grid), persistent=False)
         self.prefix = nn.Parameter(torch.zeros(3, num_heads)) if num_prefix else None
 
     def forward(self, where: Grid | Segments) -> Float[Tensor, "1 h n n"]:
@@ -208,9 +209,9 @@ class RelativeBias(nn.Module):
                 "relative positions take no packs; use learned1d, learned2d or sincos2d positions"
             )
         grid = where
-        offsets = (2 * grid[0] - 1, 2 * grid[1] - 1)
-        table = resample_grid(self.table, offsets, self.resample).flatten(0, 1)
-        index = self.index if grid == self.grid else offset_index(grid).to(table.device)
+        sides = (2 * grid[0] - 1, 2 * grid[1] - 1)
+        table = resample_grid(self.table, sides, self.resample).flatten(0, 1)
+        index = self.index if grid == self.grid else offsets(grid, grid).to(table.device)
         bias = rearrange(table[index], "i j h -> h i j")
         if self.prefix is not None:
             bias = F.pad(bias, (self.num_prefix, 0, self.num_prefix, 0))
@@ -219,14 +220,6 @@ class RelativeBias(nn.Module):
             for value, here in zip(self.prefix, (to & ~of, of & ~to, of & to), strict=True):
                 bias = bias + value[:, None, None] * here
         return bias[None]
-
-
-def offset_index(grid: Grid) -> Int[Tensor, "n n"]:
-    """Which of the (2 rows - 1) x (2 columns - 1) offsets two patches have."""
-    y, x = torch.meshgrid(*(torch.arange(size) for size in grid), indexing="ij")
-    down = y.flatten()[:, None] - y.flatten()[None, :] + grid[0] - 1
-    across = x.flatten()[:, None] - x.flatten()[None, :] + grid[1] - 1
-    return down * (2 * grid[1] - 1) + across
 
 
 def make_tables(

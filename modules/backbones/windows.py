@@ -227,15 +227,20 @@ def regions(length: int, window: int, shift: int) -> Int[Tensor, " length"]:
     return (place >= length - window).long() + (place >= length - shift).long() * (shift > 0)
 
 
-@table
-def offset_index(window: Grid, largest: Grid, device: torch.device) -> Int[Tensor, "n n"]:
+def offsets(window: Grid, largest: Grid) -> Int[Tensor, "n n"]:
     """Which row of a table of (2 rows - 1) x (2 columns - 1) offsets two places of a window have.
 
     `largest` is the window that the table is for. Numbers are (dy + rows - 1)(2 columns - 1) +
     dx + columns - 1, from query to key.
     """
-    y, x = torch.meshgrid(*map(torch.arange, window), indexing="ij")
+    y, x = torch.meshgrid(*(torch.arange(size) for size in window), indexing="ij")
     y, x = y.flatten(), x.flatten()
     down = y[:, None] - y[None, :] + largest[0] - 1
     across = x[:, None] - x[None, :] + largest[1] - 1
-    return (down * (2 * largest[1] - 1) + across).to(device)
+    return down * (2 * largest[1] - 1) + across
+
+
+@table
+def offset_index(window: Grid, largest: Grid, device: torch.device) -> Int[Tensor, "n n"]:
+    """`offsets`, made once."""
+    return offsets(window, largest).to(device)

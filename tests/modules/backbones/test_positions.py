@@ -12,6 +12,7 @@ from timm.layers import resample_abs_pos_embed
 from modules.backbones import Positions, ViT
 from modules.backbones.positions import KINDS, PLACES, RelativeBias
 from modules.backbones.resampling import resample_grid, resample_table, sincos2d
+from modules.backbones.windows import offsets
 from tests.typecheck import unchecked
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "dino_vit.safetensors"
@@ -183,10 +184,8 @@ def test_relative_bias_is_that_of_the_offset() -> None:
 
 def test_swins_index() -> None:
     """METHODS J: the offsets of a 2x2 window, counted from the other end."""
-    from modules.backbones.positions import offset_index
-
     expected = [[4, 3, 1, 0], [5, 4, 2, 1], [7, 6, 4, 3], [8, 7, 5, 4]]
-    assert offset_index((2, 2)).tolist() == expected
+    assert offsets((2, 2), (2, 2)).tolist() == expected
 
 
 @pytest.mark.parametrize(
