@@ -14,9 +14,9 @@ from datamodules.folder import decode, read_size
 from datamodules.foreign import index_tars
 from datamodules.shards import Shards
 from datamodules.sources import BadImageError, open_source
+from tests.datamodules.test_foreign import add
 from tests.datamodules.test_images import batches
 from tests.datamodules.test_images import folder as data_of
-from tests.datamodules.test_shards import add
 
 BAD = 42  # which of the hundred
 
