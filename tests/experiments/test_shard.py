@@ -7,7 +7,7 @@ import pytest
 from datamodules.sources import open_source
 from experiments.shard import shard
 from tests.datamodules.test_folder import tree
-from tests.datamodules.test_shards import foreign
+from tests.datamodules.test_foreign import foreign
 from tests.experiments.test_resume import same_end
 from tests.runs import TINY, logged_losses, only_run, patchlight
 

@@ -17,7 +17,7 @@ from modules.backbones import ViT
 from modules.distillation import Distillation, Teacher, distill
 from modules.losses import loss_per_image, soft_targets
 from tests import small
-from tests.callbacks.test_checkpoint import Evil
+from tests.callbacks.test_checkpoint_files import Evil
 from tests.runs import differences
 
 NAME = "test_resnet.r160_in1k"  # one of timm's miniatures, with batch norm
