@@ -1,13 +1,25 @@
 """Samplers: every sample in its place, whatever the world size, and from anywhere on."""
 
+import itertools
 from collections import Counter
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.data.distributed_sampler import RepeatAugSampler
 
-from datamodules.sampling import EvalBatches, Sample, TrainBatches, epoch_order, fold
+from datamodules.sampling import (
+    Ahead,
+    EvalBatches,
+    Groups,
+    Sample,
+    TrainBatches,
+    epoch_order,
+    fold,
+    grouped_order,
+)
 
 sizes = st.tuples(st.integers(8, 200), st.integers(1, 4), st.integers(1, 4))  # images, batch, world
 
@@ -164,3 +176,107 @@ def test_evaluation_counts_every_sample_once(size: tuple[int, int, int]) -> None
 def test_nothing_to_evaluate_is_an_error() -> None:
     with pytest.raises(ValueError, match="no images to evaluate"):
         EvalBatches(0, 4)
+
+
+# By groups that lie together.
+
+
+def random_groups(seed: int, count: int, together: int) -> Groups:
+    lengths = np.random.default_rng(seed).integers(1, 40, count)
+    return Groups(np.cumsum([0, *lengths]), together)
+
+
+@given(st.integers(0, 99), st.integers(1, 90), st.integers(1, 6), st.integers(0, 10), st.data())
+@settings(deadline=None, max_examples=25)
+def test_every_image_once_on_any_number_of_devices(
+    seed: int, count: int, together: int, power: int, data: st.DataObject
+) -> None:
+    groups = random_groups(seed, count, together)
+    num, world = int(groups.starts[-1]), 2**power  # 1 to 1,024 devices
+    lanes = 2 ** data.draw(st.integers(0, power))
+    batch = data.draw(st.integers(1, max(1, num // world // 3)))
+    if num < batch * world:
+        return
+    where = np.searchsorted(groups.starts, np.arange(num), side="right")
+    seen, keys = [], set()
+    for rank in range(world):
+        sampler = TrainBatches(num, batch, seed, rank, world, groups=groups, lanes=lanes)
+        assert len(sampler) == num // (batch * world)  # the same on every rank
+        samples = [sample for part in sampler for sample in part]
+        seen += [sample.item for sample in samples]
+        keys.update(sample.key for sample in samples)
+    assert len(seen) == len(set(seen)) == len(keys) == num // (batch * world) * batch * world
+    assert min(seen) >= 0
+    assert max(seen) < num
+    assert not np.array_equal(*(grouped_order(groups, seed, e) for e in (0, 1))) or num < 9
+    for lane in (0, lanes - 1):
+        order = where[grouped_order(groups, seed, 0, lane, lanes)]
+        # A shard is read from its first to its last image, and few are under way at once.
+        numbers, first = np.unique(order, return_index=True)
+        last = len(order) - 1 - np.unique(order[::-1], return_index=True)[1]
+        assert len(numbers) <= len(order)
+        under_way = [int(((first <= i) & (i <= last)).sum()) for i in range(0, len(order), 7)]
+        assert max(under_way, default=0) <= together
+
+
+def test_devices_of_one_machine_share_its_order() -> None:
+    groups = random_groups(1, 20, 3)
+    num = int(groups.starts[-1])
+    one = list(TrainBatches(num, 8, 5, groups=groups))
+    four = [TrainBatches(num, 2, 5, rank, 4, groups=groups) for rank in range(4)]
+    assert one == [[s for part in parts for s in part] for parts in zip(*four, strict=True)]
+
+
+def test_machines_read_shards_of_their_own() -> None:
+    groups = random_groups(2, 64, 4)
+    where = np.searchsorted(groups.starts, np.arange(groups.starts[-1]), side="right")
+    of_lane = [set(where[grouped_order(groups, 0, 3, lane, 8)].tolist()) for lane in range(8)]
+    for a, b in itertools.pairwise(of_lane):
+        assert len(a & b) <= 1
+    assert sum(map(len, of_lane)) <= 64 + 7
+    with pytest.raises(ValueError, match="6 devices do not spread evenly over 4 machines"):
+        TrainBatches(1000, 1, 0, 0, 6, groups=groups, lanes=4)
+
+
+@given(st.integers(0, 60), st.integers(1, 3))
+@settings(deadline=None, max_examples=30)
+def test_the_order_goes_on_where_the_counter_stands(done: int, repeats: int) -> None:
+    groups = random_groups(3, 9, 2)
+    num = int(groups.starts[-1])
+    whole = TrainBatches(num, 8, 1, repeats=repeats, groups=groups)
+    per_epoch = len(whole)
+    resumed = TrainBatches(num, 8, 1, batches_done=done, repeats=repeats, groups=groups)
+
+    def batches(sampler: TrainBatches, epochs: range) -> list[Any]:
+        found = []
+        for epoch in epochs:
+            sampler.set_epoch(epoch)
+            found += list(sampler)
+        return found
+
+    first = done // per_epoch
+    assert (
+        batches(resumed, range(first, first + 2))
+        == (batches(whole, range(first + 2))[done : (first + 2) * per_epoch])
+    )
+
+
+def test_what_comes_next_is_told_in_time() -> None:
+    groups = random_groups(4, 40, 4)
+    num, told, ready = int(groups.starts[-1]), [], set()
+    where = np.searchsorted(groups.starts, np.arange(num), side="right")
+
+    def prefetch(items: np.ndarray) -> None:
+        told.append(len(items))
+        ready.update(items.tolist())
+
+    order = grouped_order(groups, 0, 0)
+    sampler = TrainBatches(num, 4, 0, groups=groups, following=Ahead(groups, prefetch))
+    window = 4 * num // 40
+    for number, batch in enumerate(sampler):
+        place = number * 4
+        assert {sample.item for sample in batch} <= ready
+        assert set(order[place : place + window].tolist()) <= ready  # a window ahead
+    assert len(told) == -(-(place + 1) // (window // 2))
+    assert max(told) <= 2 * window
+    assert len(set(where[order[: 2 * window]])) <= 12  # three windows, which the cache holds

@@ -1,55 +1,35 @@
-"""Shards: written, read in place and from a server, in an order that resumes anywhere."""
+"""Shards: read in place and from a server, trained on and resumed, and refused where damaged."""
 
-import errno
-import itertools
 import json
 import os
 import pickle
 import shutil
 import tarfile
 import threading
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from PIL import Image
 
 from datamodules import ImageDataModule, MultiCropDataModule, PackedDataModule, urls
 from datamodules.check import main as check_data
-from datamodules.convert import convert
 from datamodules.fetch import Files, Stored, bytes_of, said
 from datamodules.module import Needs
 from datamodules.packing import Resolution
-from datamodules.sampling import Ahead, Groups, TrainBatches, grouped_order
+from datamodules.sampling import grouped_order
 from datamodules.shards import MEMBER, Shards
 from datamodules.sizes import measure
 from datamodules.sources import Grouped, GroupedSubset, open_source
 from datamodules.unreadable import read_example
-from tests.datamodules.test_folder import write
 from tests.served import served
-
-CLASSES = ("ant", "bee", "cat", "dog", "elk", "fox")
+from tests.sharded import CLASSES, write_folder, write_shards
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """96 training and 18 held-out images of six classes, of two formats and several sizes."""
-    root = tmp_path_factory.mktemp("folder")
-    for part, count in (("train", 16), ("val", 3)):
-        for c, name in enumerate(CLASSES):
-            for i in range(count):
-                size = (8 + i, 9 + c)
-                write(root / part / name / f"{i:03d}.{('png', 'jpeg')[i % 2]}", 20 * c + i, size)
-    sideways = Image.new("RGB", (30, 10), "red")
-    exif = sideways.getexif()
-    exif[0x0112] = 6
-    sideways.save(root / "train" / "ant" / "000.png", exif=exif)
-    return root
+    return write_folder(tmp_path_factory.mktemp("folder"))
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +45,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATCHLIGHT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(urls, "PAUSE", 0.01)
     return tmp_path / "cache" / "shards"
-
-
-def write_shards(folder: Path, out: Path, size: int = 12_000) -> list[tuple[str, str]]:
-    parts = {split: open_source("folder", split, str(folder)) for split in ("train", "val")}
-    return convert(parts, out, size, 2, {"source": "test"}, str(folder))
 
 
 def both(folder: Path, shards: Path, split: Any) -> tuple[Any, Shards]:
@@ -113,242 +88,6 @@ def test_other_programs_read_the_shards(shards: Path, tmp_path: Path) -> None:
     assert names[1].endswith(".json")
     assert about["file"].startswith(f"train/{about['class']}/")
     assert CLASSES[about["label"]] == about["class"]
-
-
-def test_a_conversion_that_was_killed_ends_with_the_same_bytes(
-    folder: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from datamodules import convert as conversion
-
-    out, made = tmp_path / "out", []
-    whole = conversion.entry_of
-
-    def killed(source: Any, number: int, root: str) -> Any:
-        made.append(number)
-        if len(made) in (30, 60, 101):
-            raise KeyboardInterrupt
-        return whole(source, number, root)
-
-    monkeypatch.setattr(conversion, "entry_of", killed)
-    monkeypatch.setattr(conversion, "CHUNK", 4)
-    for _ in range(3):
-        with pytest.raises(KeyboardInterrupt):
-            write_shards(folder, out)
-        assert not (out / "index.json").exists()
-    with pytest.raises(ValueError, match="begun with another shard_size; give the same command"):
-        write_shards(folder, out, 13_000)
-    write_shards(folder, out)
-    assert len(made) < 96 + 18 + 3 * 20  # what was finished was not done again
-    names = [path.relative_to(shards) for path in shards.rglob("*") if path.is_file()]
-    assert sorted(names) == sorted(p.relative_to(out) for p in out.rglob("*") if p.is_file())
-    for name in names:
-        assert (out / name).read_bytes() == (shards / name).read_bytes()
-    with pytest.raises(ValueError, match="is not empty; expected a new directory"):
-        write_shards(folder, out)
-
-
-def test_unreadable_images_are_left_out_and_listed(folder: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(folder, copy)
-    (copy / "train" / "bee" / "003.jpeg").write_bytes(b"garbage")
-    out = tmp_path / "out"
-    ((name, _),) = write_shards(copy, out)
-    assert name == "train/bee/003.jpeg"
-    assert (out / "unreadable.txt").read_text().startswith("train/bee/003.jpeg\t")
-    assert len(open_source("shards", "train", str(out))) == 95
-
-
-def test_a_full_disk_is_said_and_the_conversion_goes_on(
-    folder: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(number: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    open_source("folder", "train", str(folder))  # so that its index is in the cache
-    open_source("folder", "val", str(folder))
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(ValueError, match=r"no space left in .*; make room and give the same"):
-            write_shards(folder, tmp_path / "out")
-    write_shards(folder, tmp_path / "out")
-    assert (tmp_path / "out" / "index.json").read_bytes() == (shards / "index.json").read_bytes()
-
-
-def test_nothing_counts_before_it_is_on_the_disk(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A record says that a shard is whole: after a power failure too, what it speaks of is."""
-    events: list[tuple[str, ...]] = []
-    sync, replace = os.fsync, Path.replace
-
-    def synced(number: int) -> None:
-        events.append(("sync", Path(os.readlink(f"/proc/self/fd/{number}")).name))
-        sync(number)
-
-    def replaced(path: Path, target: Path) -> Path:
-        events.append(("rename", path.name, target.name))
-        return replace(path, target)
-
-    monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(Path, "replace", replaced)
-    write_shards(folder, tmp_path / "out")
-    for target in ("train-000001.npy", "train-000001.json", "members.npy", "index.json"):
-        place = next(i for i, event in enumerate(events) if event[-1] == target)
-        assert events[place - 1] == ("sync", events[place][1])
-        assert events[place + 1][0] == "sync"  # its directory
-    tar = events.index(("rename", "000001.tar.part", "000001.tar"))
-    assert events[tar - 1 : tar + 2 : 2] == [("sync", "000001.tar.part"), ("sync", "train")]
-    assert tar < next(i for i, event in enumerate(events) if event[-1] == "train-000001.json")
-
-
-def test_one_conversion_at_a_time_to_the_end(
-    folder: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from datamodules import convert as conversion
-
-    out, steps, refuse = tmp_path / "out", [], conversion.refuse_others
-    real = {name: getattr(conversion, name) for name in ("begin", "finish")}
-
-    def step(name: str, *arguments: Any) -> Any:
-        steps.append(name)
-        with pytest.raises(ValueError, match=f"another process is writing to {out}"):
-            write_shards(folder, out)
-        return real[name](*arguments)
-
-    with monkeypatch.context() as patch:
-        for name in real:
-            patch.setattr(conversion, name, partial(step, name))
-        write_shards(folder, out)
-    assert steps == ["begin", "finish"]
-    assert (out / "index.json").read_bytes() == (shards / "index.json").read_bytes()
-    assert not (out / ".unfinished").exists()
-    # Who looked before the other had begun, and got the lock after it, writes nothing over it.
-    looks = []
-
-    def late(out: Path) -> None:
-        looks.append(out)
-        if len(looks) > 1:
-            refuse(out)
-
-    monkeypatch.setattr(conversion, "refuse_others", late)
-    with pytest.raises(ValueError, match="is not empty; expected a new directory"):
-        write_shards(folder, out)
-    assert len(looks) == 2
-
-
-def test_arrays_become_png(tmp_path: Path) -> None:
-    source = open_source("digits", "val", channels=3)
-    convert({"train": source, "val": source}, tmp_path / "out", 100_000, 1, {}, "")
-    for channels in (1, 3):
-        expected = open_source("digits", "val", channels=channels)
-        found = open_source("shards", "val", str(tmp_path / "out"), channels=channels)
-        for i in range(0, 360, 30):
-            assert np.array_equal(found[i].image, expected[i].image)
-            assert found[i].label == expected[i].label
-
-
-# The order.
-
-
-def random_groups(seed: int, count: int, together: int) -> Groups:
-    lengths = np.random.default_rng(seed).integers(1, 40, count)
-    return Groups(np.cumsum([0, *lengths]), together)
-
-
-@given(st.integers(0, 99), st.integers(1, 90), st.integers(1, 6), st.integers(0, 10), st.data())
-@settings(deadline=None, max_examples=25)
-def test_every_image_once_on_any_number_of_devices(
-    seed: int, count: int, together: int, power: int, data: st.DataObject
-) -> None:
-    groups = random_groups(seed, count, together)
-    num, world = int(groups.starts[-1]), 2**power  # 1 to 1,024 devices
-    lanes = 2 ** data.draw(st.integers(0, power))
-    batch = data.draw(st.integers(1, max(1, num // world // 3)))
-    if num < batch * world:
-        return
-    where = np.searchsorted(groups.starts, np.arange(num), side="right")
-    seen, keys = [], set()
-    for rank in range(world):
-        sampler = TrainBatches(num, batch, seed, rank, world, groups=groups, lanes=lanes)
-        assert len(sampler) == num // (batch * world)  # the same on every rank
-        samples = [sample for part in sampler for sample in part]
-        seen += [sample.item for sample in samples]
-        keys.update(sample.key for sample in samples)
-    assert len(seen) == len(set(seen)) == len(keys) == num // (batch * world) * batch * world
-    assert min(seen) >= 0
-    assert max(seen) < num
-    assert not np.array_equal(*(grouped_order(groups, seed, e) for e in (0, 1))) or num < 9
-    for lane in (0, lanes - 1):
-        order = where[grouped_order(groups, seed, 0, lane, lanes)]
-        # A shard is read from its first to its last image, and few are under way at once.
-        numbers, first = np.unique(order, return_index=True)
-        last = len(order) - 1 - np.unique(order[::-1], return_index=True)[1]
-        assert len(numbers) <= len(order)
-        under_way = [int(((first <= i) & (i <= last)).sum()) for i in range(0, len(order), 7)]
-        assert max(under_way, default=0) <= together
-
-
-def test_devices_of_one_machine_share_its_order() -> None:
-    groups = random_groups(1, 20, 3)
-    num = int(groups.starts[-1])
-    one = list(TrainBatches(num, 8, 5, groups=groups))
-    four = [TrainBatches(num, 2, 5, rank, 4, groups=groups) for rank in range(4)]
-    assert one == [[s for part in parts for s in part] for parts in zip(*four, strict=True)]
-
-
-def test_machines_read_shards_of_their_own() -> None:
-    groups = random_groups(2, 64, 4)
-    where = np.searchsorted(groups.starts, np.arange(groups.starts[-1]), side="right")
-    of_lane = [set(where[grouped_order(groups, 0, 3, lane, 8)].tolist()) for lane in range(8)]
-    for a, b in itertools.pairwise(of_lane):
-        assert len(a & b) <= 1
-    assert sum(map(len, of_lane)) <= 64 + 7
-    with pytest.raises(ValueError, match="6 devices do not spread evenly over 4 machines"):
-        TrainBatches(1000, 1, 0, 0, 6, groups=groups, lanes=4)
-
-
-@given(st.integers(0, 60), st.integers(1, 3))
-@settings(deadline=None, max_examples=30)
-def test_the_order_goes_on_where_the_counter_stands(done: int, repeats: int) -> None:
-    groups = random_groups(3, 9, 2)
-    num = int(groups.starts[-1])
-    whole = TrainBatches(num, 8, 1, repeats=repeats, groups=groups)
-    per_epoch = len(whole)
-    resumed = TrainBatches(num, 8, 1, batches_done=done, repeats=repeats, groups=groups)
-
-    def batches(sampler: TrainBatches, epochs: range) -> list[Any]:
-        found = []
-        for epoch in epochs:
-            sampler.set_epoch(epoch)
-            found += list(sampler)
-        return found
-
-    first = done // per_epoch
-    assert (
-        batches(resumed, range(first, first + 2))
-        == (batches(whole, range(first + 2))[done : (first + 2) * per_epoch])
-    )
-
-
-def test_what_comes_next_is_told_in_time() -> None:
-    groups = random_groups(4, 40, 4)
-    num, told, ready = int(groups.starts[-1]), [], set()
-    where = np.searchsorted(groups.starts, np.arange(num), side="right")
-
-    def prefetch(items: np.ndarray) -> None:
-        told.append(len(items))
-        ready.update(items.tolist())
-
-    order = grouped_order(groups, 0, 0)
-    sampler = TrainBatches(num, 4, 0, groups=groups, following=Ahead(groups, prefetch))
-    window = 4 * num // 40
-    for number, batch in enumerate(sampler):
-        place = number * 4
-        assert {sample.item for sample in batch} <= ready
-        assert set(order[place : place + window].tolist()) <= ready  # a window ahead
-    assert len(told) == -(-(place + 1) // (window // 2))
-    assert max(told) <= 2 * window
-    assert len(set(where[order[: 2 * window]])) <= 12  # three windows, which the cache holds
 
 
 # Training.
