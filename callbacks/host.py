@@ -61,6 +61,13 @@ class Progress(RichProgressBar):
             self.loss = float(trainer.callback_metrics["train/loss"])
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Means of an epoch are taken over all devices when they are first asked for. The first
+        # device alone has a bar to show them in, and would wait for the others or meet them in
+        # what they do next; so all ask here.
+        self.get_metrics(trainer, pl_module)
+        super().on_train_epoch_end(trainer, pl_module)
+
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         shown = super().get_metrics(trainer, pl_module)
         return shown if self.loss is None else {"train/loss": self.loss, **shown}

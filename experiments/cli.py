@@ -42,6 +42,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import distributed
 
 import modules  # noqa: F401 - registers the methods and limits what a config may name
 from callbacks.checkpoint import Checkpoint
@@ -316,15 +317,17 @@ def main() -> int:
         print(__doc__)
         return 0 if arguments else 2
     quiet()
+    code = 0
     try:
         if arguments[0] in VERBS:
-            return VERBS[arguments[0]](arguments[1:])
-        start = begin(arguments) if arguments[0] == "fit" else Start(arguments)
-        sys.argv[1:] = start.arguments  # with which Lightning starts further processes
-        PatchlightCLI(start)
+            code = VERBS[arguments[0]](arguments[1:])
+        else:
+            start = begin(arguments) if arguments[0] == "fit" else Start(arguments)
+            sys.argv[1:] = start.arguments  # with which Lightning starts further processes
+            PatchlightCLI(start)
     except SIGTERMException:
         print_once("stopped by SIGTERM; `patchlight fit --resume RUN` goes on from its last.ckpt")
-        return STOPPED
+        code = STOPPED
     except KeyboardInterrupt:  # of a verb; Lightning sees to that of a run
         print("patchlight: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -335,7 +338,19 @@ def main() -> int:
             raise
         print(f"patchlight: {ours}", file=sys.stderr)
         return 1
-    return 0
+    leave_group()
+    return code
+
+
+def leave_group() -> None:
+    """The processes of a run part, all of which are at its end.
+
+    Threads of gloo may still hold tensors that Python knows of, and to free them while the
+    interpreter ends would abort the process, whose exit code then is none of ours
+    (pytorch/pytorch issue 190489).
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from experiments.resolutions import parse_sides
-from tests.runs import EXPERIMENTS, TINY, logged_losses, only_run, patchlight
+from tests.experiments.test_resume import losses_on_one_and_two
+from tests.runs import EXPERIMENTS, TINY, only_run, patchlight
 
 # Three epochs of a few steps, with everything random switched on.
 PACKED = [
@@ -47,23 +48,17 @@ def test_the_fill_rate_is_logged_every_epoch(whole: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_train_and_evaluate_like_one(tmp_path: Path) -> None:
     still = ["--model.init_args.backbone.init_args.dropout=0"]
-    still += ["--model.init_args.backbone.init_args.drop_path=0", "--trainer.max_epochs=2"]
-    two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.init_args.num_rows=1"]
-    runs = []
-    for name, more in (("one", []), ("two", two)):
-        (tmp_path / name).mkdir()
-        done = patchlight("fit", *PACKED, *still, *more, cwd=tmp_path / name)
-        assert done.returncode == 0, done.stderr
-        runs.append(only_run(tmp_path / name))
-    one, other = (logged_losses(run) for run in runs)
-    assert len(one) >= 6
-    assert one == pytest.approx(other, abs=1e-5)
+    still += ["--model.init_args.backbone.init_args.drop_path=0", "--trainer.max_epochs=7"]
+    one, two = losses_on_one_and_two(tmp_path, *PACKED, *still, batch=("num_rows", 2))
+    assert len(one) >= 20
+    assert two == pytest.approx(one, abs=1e-5)
+    run = only_run(tmp_path / "1")
     found = []
     for devices in ("1", "2"):
         done = patchlight(
             "validate",
-            *("--config", str(runs[0] / "config.yaml")),
-            *("--ckpt_path", str(runs[0] / "checkpoints" / "last.ckpt")),
+            *("--config", str(run / "config.yaml")),
+            *("--ckpt_path", str(run / "checkpoints" / "last.ckpt")),
             *(f"--trainer.devices={devices}", "--trainer.strategy=ddp"),
             *("--data.init_args.num_rows", "1"),
             cwd=tmp_path,

@@ -151,15 +151,20 @@ def test_a_killed_run_with_workers_resumes_exactly(tmp_path: Path, uninterrupted
 
 
 def losses_on_one_and_two(
-    directory: Path, *arguments: str, strategy: str = "ddp"
+    directory: Path,
+    *arguments: str,
+    strategy: str = "ddp",
+    batch: tuple[str, int] = ("batch_size", 4),
 ) -> list[dict[int, float]]:
-    """The losses of a run with batches of 4 on one process, and on two with 2 each."""
+    """The losses of a run on one process, and on two with half the batch each."""
+    option, size = batch
     found = []
     for devices in (1, 2):
         place = directory / str(devices)
         place.mkdir()
-        share = [f"--trainer.devices={devices}", f"--data.init_args.batch_size={4 // devices}"]
+        share = [f"--trainer.devices={devices}", f"--data.init_args.{option}={size // devices}"]
         share += [f"--trainer.strategy={strategy}"] * (devices == 2)
+        share += ["--trainer.enable_progress_bar=true"]  # which the first device alone shows
         done = patchlight("fit", *arguments, *share, cwd=place)
         assert done.returncode == 0, done.stderr
         found.append(logged_losses(only_run(place)))
